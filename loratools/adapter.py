@@ -1,0 +1,231 @@
+"""The records that everything shares: leaves, kinds of delta, adapters, places; no maths."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from loratools.errors import Problem, error
+
+if TYPE_CHECKING:
+    import torch
+
+# Names as in safetensors; bits, so that 4-bit types have a size too.
+DTYPE_BITS: dict[str, int] = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+
+TORCH_NAMES: dict[str, str] = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+_SMALL = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b"}
+
+
+class Source(Protocol):
+    """Bytes that can be read at a place: a local file, a remote one, a zip member."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`; StorageError where they cannot be had."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor not yet read: its key, dtype and shape, and how to read it.
+
+    Either `source` holds its bytes at `offset` (row-major, or with `strides` counted in
+    elements), or `held` is the torch tensor itself.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: Source | None = None
+    offset: int = 0
+    strides: tuple[int, ...] | None = None
+    held: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.numel * DTYPE_BITS[self.dtype] + 7) // 8
+
+    def read(self) -> bytes:
+        """The tensor's bytes, row-major, little-endian."""
+        if self.source is None:
+            import torch
+
+            flat = self.held.detach().cpu().contiguous().reshape(-1)
+            return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+        if self.strides is None:
+            return self.source.read(self.offset, self.nbytes) if self.nbytes else b""
+        return Leaf.of(self.name, self.tensor()).read()
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor in its own dtype and shape, on the CPU, owning its memory."""
+        import torch
+
+        if self.source is None:
+            held: torch.Tensor = self.held
+            return held
+        if self.dtype not in TORCH_NAMES:
+            raise error("dtype_unusable", f"{self.name} is {self.dtype}, which torch cannot hold")
+        dtype = getattr(torch, TORCH_NAMES[self.dtype])
+        if self.numel == 0:
+            return torch.empty(self.shape, dtype=dtype)
+        if self.strides is None:
+            raw = bytearray(self.source.read(self.offset, self.nbytes))
+            return torch.frombuffer(raw, dtype=dtype).reshape(self.shape)
+        span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        raw = bytearray(self.source.read(self.offset, span * DTYPE_BITS[self.dtype] // 8))
+        flat = torch.frombuffer(raw, dtype=dtype)
+        return flat.as_strided(self.shape, self.strides).contiguous()
+
+    def numbers(self) -> tuple[float, ...]:
+        """The values of a small real tensor (an alpha, say) without torch."""
+        raw = self.read()
+        if self.dtype == "BF16":
+            return tuple(
+                struct.unpack("<f", b"\0\0" + raw[i : i + 2])[0] for i in range(0, len(raw), 2)
+            )
+        if self.dtype not in _SMALL:
+            raise error("dtype_unusable", f"{self.name} is {self.dtype}, not a number")
+        return tuple(v for (v,) in struct.iter_unpack(_SMALL[self.dtype], raw))
+
+    @staticmethod
+    def of(name: str, tensor: torch.Tensor) -> Leaf:
+        """A leaf that holds a tensor already in memory."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        names = {v: k for k, v in TORCH_NAMES.items()}
+        return Leaf(name, names[dtype], tuple(tensor.shape), held=tensor)
+
+
+# ---------------------------------------------------------------------------------------------
+# Kinds: what a delta is. Shapes in (out, in) of the *module*; a convolution's kernel follows `in`.
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """ΔW = scaling · B·A, with A (rank, in, *kernel), B (out, rank[, 1, ...]) (arXiv 2106.09685).
+
+    `alpha` is the stored numerator, kept so that it can be written back unchanged.
+    """
+
+    a: Leaf
+    b: Leaf
+    scaling: float
+    alpha: float | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """ΔW = scaling · diff, for full diffs and for biases."""
+
+    diff: Leaf
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Renormed:
+    """W = m ∘ (W0 + ΔW) / ‖W0 + ΔW‖ (DoRA, arXiv 2402.09353).
+
+    `axis` "out": one magnitude per output row, the norm over everything else (PEFT);
+    "in": one per input column. `norm` is set by `algebra.prepare` where a first pass is needed.
+    """
+
+    delta: LowRank | Dense
+    magnitude: Leaf
+    axis: Literal["out", "in"] = "out"
+    norm: Leaf | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """W = value, whole or only in `rows` (indices into the stored tensor's first axis).
+
+    `then` is applied to the replaced weight (a LoRA upon a resized embedding).
+    """
+
+    value: Leaf
+    rows: tuple[int, ...] | None = None
+    then: LowRank | Renormed | None = None
+
+
+Kind = LowRank | Dense | Renormed | Replace
+
+
+def leaves(kind: Any) -> Iterator[Leaf]:
+    """Every leaf of a delta, its inner delta's included."""
+    for f in fields(kind):
+        value = getattr(kind, f.name)
+        if isinstance(value, Leaf):
+            yield value
+        elif isinstance(value, Kind):
+            yield from leaves(value)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter as published: deltas by address, and everything its files said.
+
+    A key of `deltas` is a module's name in the adapter's own `vocabulary`, a dot, and the
+    parameter: `model.layers.0.self_attn.q_proj.weight`.
+    """
+
+    deltas: Mapping[str, Kind]
+    format: str = "peft"
+    vocabulary: str = "hf"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    name: str = "adapter"  # how messages call it: the path as typed
+    folder: Path | None = None  # where its files lie, if on this machine
+    files: tuple[str, ...] = ()  # the files that it was read from, weights first
+    transposed: frozenset[str] = frozenset()  # keys whose stored weight is (in, out)
+    problems: tuple[Problem, ...] = ()  # what its own files contradict, decided on by `check`
+    assumed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for kind in self.deltas.values():
+            name = type(kind).__name__
+            counts[name] = counts.get(name, 0) + 1
+        return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a delta goes in the base: a weight's name, the rows it covers, how it is stored."""
+
+    target: str
+    transposed: bool = False  # stored (in, out): Conv1D, Embedding
+    rows: tuple[int, int] | None = None  # of the module's `out`; None is all

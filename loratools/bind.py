@@ -1,0 +1,490 @@
+"""Fitting adapters to a base on shapes alone: a plan, or every problem at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from loratools.adapter import FLOATS, Adapter, Dense, Kind, Leaf, LowRank, Place, Renormed, Replace
+from loratools.errors import Problem, shown
+from loratools.names.prefixes import Prefix, find_prefixes, nearest
+from loratools.weights.base import CONV1D_LAYERS, EMBEDDINGS, HEADS, Base, is_hub_id
+
+Ties = Literal["tied", "untied"]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One delta at its place, with the weight it is folded with."""
+
+    adapter: int
+    key: str
+    delta: Kind
+    place: Place
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One weight of the output: where its values come from and what is applied to them."""
+
+    name: str
+    shape: tuple[int, ...]  # as stored, in the output
+    base: Leaf | None  # None: the base has no such weight (a task head)
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a fold would do, tensor by tensor; `problems` tells whether it may be done."""
+
+    base: Base
+    adapters: tuple[Adapter, ...]
+    targets: Mapping[str, Target]
+    problems: tuple[Problem, ...]
+    matched: tuple[int, ...]  # deltas that found their weight, by adapter
+    total: tuple[int, ...]
+    prefixes: tuple[Prefix, ...]
+    untied: bool = False  # head and embedding are written as two tensors
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """Names of the weights that the base does not store."""
+        return tuple(n for n in self.targets if n not in self.base.tensors)
+
+    @property
+    def resized(self) -> dict[str, int]:
+        """Rows of the weights whose first extent changes: a grown or cut vocabulary."""
+        return {
+            n: t.shape[0]
+            for n, t in self.targets.items()
+            if t.base is not None and t.shape != t.base.shape
+        }
+
+
+@dataclass(slots=True)
+class _Binding:
+    """One adapter being fitted."""
+
+    number: int
+    adapter: Adapter
+    base: Base
+    weight: float
+    ties: Ties | None
+    prefix: Prefix = field(default_factory=Prefix)
+    problems: list[Problem] = field(default_factory=list)
+    terms: dict[str, list[Term]] = field(default_factory=dict)
+    left_out: int = 0
+
+    def problem(self, code: str, message: str, target: str | None = None, **more: str) -> None:
+        severity = more.pop("severity", "error")
+        self.problems.append(
+            Problem(code, message, severity, self.adapter.name, target, more.get("remedy"))  # type: ignore[arg-type]
+        )
+
+
+def bind(
+    adapters: Sequence[Adapter],
+    base: Base,
+    *,
+    weights: Sequence[float] | None = None,
+    chosen: Callable[[str], bool] = lambda _: True,
+    ties: Ties | None = None,
+) -> Plan:
+    """Fit adapters to a base; every problem of every adapter is in the plan's `problems`.
+
+    `chosen` tells by target name which deltas take part; `ties` says what to do where embedding
+    and head are one stored tensor. Reads no weight and needs no torch.
+    """
+    factors = list(weights) if weights is not None else [1.0] * len(adapters)
+    problems: list[Problem] = [*base.problems, *_about_base(base)]
+    merged: dict[str, list[Term]] = {}
+    bound: list[_Binding] = []
+    for number, (adapter, weight) in enumerate(zip(adapters, factors, strict=True)):
+        one = _Binding(number, adapter, base, weight, ties)
+        problems += adapter.problems
+        _fit(one, chosen)
+        problems += one.problems
+        bound.append(one)
+        for name, terms in one.terms.items():
+            merged.setdefault(name, []).extend(terms)
+    targets, untied = _targets(base, merged, ties, problems)
+    if not targets and not any(p.severity == "error" for p in problems):
+        problems.append(Problem("no_effect", "no target is left to change"))
+    return Plan(
+        base=base,
+        adapters=tuple(adapters),
+        targets=targets,
+        problems=tuple(problems),
+        matched=tuple(sum(len(t) for t in b.terms.values()) for b in bound),
+        total=tuple(len(b.adapter.deltas) - b.left_out for b in bound),
+        prefixes=tuple(b.prefix for b in bound),
+        untied=untied,
+    )
+
+
+def _about_base(base: Base) -> Iterator[Problem]:
+    if base.quantised:
+        yield Problem("quantised_base", f"{shown(base.name)} is quantised ({base.quantised})")
+
+
+# ------------------------------------------------------------------------------- one adapter
+
+
+def _fit(one: _Binding, chosen: Callable[[str], bool]) -> None:
+    adapter, base = one.adapter, one.base
+    keys = _weight_names(adapter, base)
+    tie = base.tied()
+    there = set(base.tensors) | ({tie[0]} if tie else set())
+    needed = [name for key, name in keys.items() if not _may_be_new(key, adapter)]
+    one.prefix = _prefix(needed or list(keys.values()), there)
+    lost: dict[str, str] = {}
+    for key, name in keys.items():
+        target = one.prefix(name)
+        if not chosen(target):
+            one.left_out += 1
+        elif target in there:
+            _place(one, key, target)
+        elif _may_be_new(key, adapter):
+            _new_head(one, key, name)
+        else:
+            lost[key] = target
+    if lost:
+        _unmatched(one, lost, there, len(keys) - one.left_out)
+    _base_names(one)
+
+
+def _weight_names(adapter: Adapter, base: Base) -> dict[str, str]:
+    """Adapter keys to weight names: the same, but where one module keeps its weight elsewhere."""
+    found = {}
+    for key, delta in adapter.deltas.items():
+        module, _, parameter = key.rpartition(".")
+        fused = f"{module}.in_proj_{parameter}"
+        attention = isinstance(delta, LowRank | Renormed) and key not in base.tensors
+        found[key] = fused if attention and fused in base.tensors else key
+    return found
+
+
+def _may_be_new(key: str, adapter: Adapter) -> bool:
+    """Whether a delta may bring a weight that the base lacks: a task head, never a layer."""
+    delta = adapter.deltas[key]
+    whole = isinstance(delta, Replace) and delta.rows is None and delta.then is None
+    return whole and not any(piece.isdigit() for piece in key.split(".")[:-2])
+
+
+def _prefix(names: Sequence[str], there: set[str]) -> Prefix:
+    if not names or any(n in there for n in names):
+        return Prefix()
+    found = find_prefixes(names, there)
+    return found[0] if len(found) == 1 else Prefix()
+
+
+def _place(one: _Binding, key: str, target: str) -> None:
+    """Put one delta where it belongs, if its shape allows."""
+    delta = one.adapter.deltas[key]
+    tie = one.base.tied()
+    leaf = one.base.tensors.get(target)
+    if leaf is None and tie:  # a tied head, stored as the embedding
+        leaf = one.base.tensors[tie[1]]
+    assert leaf is not None
+    if leaf.dtype not in FLOATS:
+        one.problem("quantised_base", f"{shown(target)} is stored as {leaf.dtype}", target)
+        return
+    transposed = _is_transposed(one, key, target, leaf)
+    if not _shape_fits(one, key, target, delta, leaf, transposed):
+        return
+    place = Place(target, transposed)
+    one.terms.setdefault(target, []).append(Term(one.number, key, delta, place, one.weight))
+
+
+def _is_transposed(one: _Binding, key: str, target: str, leaf: Leaf) -> bool:
+    """Whether the base stores this weight (in, out): the architecture decides, not the shape."""
+    delta, config = one.adapter.deltas[key], one.adapter.config
+    if key in one.adapter.transposed:
+        return True
+    shape = _module_shape(delta)
+    if shape is None or len(shape) != 2 or len(leaf.shape) != 2:
+        return False
+    says = config.get("fan_in_fan_out") is True
+    if one.base.config.get("model_type"):
+        is_conv1d = one.base.is_conv1d and target.split(".")[-2] in CONV1D_LAYERS
+        if is_conv1d != says and shape[0] == shape[1] and "fan_in_fan_out" in config:
+            stored = "(in, out)" if is_conv1d else "(out, in)"
+            one.problem(
+                "orientation",
+                f"{shown(target)} is stored {stored} in {one.base.config['model_type']}; the "
+                f"config says fan_in_fan_out={str(says).lower()}; the architecture is followed",
+                target,
+                severity="warning",
+            )
+        return is_conv1d
+    if shape[0] == shape[1]:
+        return says
+    return leaf.shape == (shape[1], shape[0])
+
+
+def _module_shape(delta: Kind) -> tuple[int, ...] | None:
+    """(out, in, *kernel) of a delta given in its module's own orientation."""
+    match delta:
+        case LowRank(a=a, b=b):
+            return (b.shape[0], *a.shape[1:])
+        case Renormed(delta=inner):
+            return _module_shape(inner)
+        case Dense() | Replace():
+            return None
+
+
+def _stored_shape(delta: Kind, transposed: bool) -> tuple[int, ...]:
+    """The shape that a delta needs its stored weight to have (rows aside, for Replace by rows)."""
+    match delta:
+        case Dense(diff=diff):
+            return diff.shape
+        case Replace(value=value):
+            return value.shape
+        case LowRank() | Renormed():
+            shape = _module_shape(delta)
+            assert shape is not None
+            return shape[::-1] if transposed else shape
+
+
+def _shape_fits(
+    one: _Binding, key: str, target: str, delta: Kind, leaf: Leaf, transposed: bool
+) -> bool:
+    shape, stored = _stored_shape(delta, transposed), leaf.shape
+    named = one.adapter.config.get("base_model_name_or_path")
+    hint = f'; its config names "{shown(named)}"' if isinstance(named, str) and named else ""
+    if isinstance(delta, Replace) and delta.rows is not None:
+        if shape[1:] == stored[1:]:
+            return True
+    elif isinstance(delta, Replace):
+        is_vocabulary = _last(target) in {*EMBEDDINGS, *HEADS} or _is_head(target)
+        if shape == stored or (is_vocabulary and shape[1:] == stored[1:]):
+            return True
+    elif _without_ones(shape) == _without_ones(stored):
+        return True
+    if len(stored) > 2 and shape[0] == stored[0] and shape[2:] == stored[2:]:
+        grouped, rest = divmod(shape[1], stored[1])
+        if grouped > 1 and not rest:
+            hint = (
+                f"; the base's convolution has {grouped} groups: an update that mixes all input "
+                "channels has no place in its weight"
+            )
+    one.problem(
+        "shape_mismatch",
+        f"{shown(target)}: adapter is {shape}, base is {stored}{hint}",
+        target,
+    )
+    return False
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1x1 convolution and a linear layer hold the same matrix."""
+    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
+
+
+def _last(target: str) -> str:
+    return target.split(".")[-2] if "." in target else target
+
+
+def _is_head(target: str) -> bool:
+    return target.rpartition(".")[0] in HEADS
+
+
+def _new_head(one: _Binding, key: str, name: str) -> None:
+    """A full tensor under a name that the base lacks: a new head."""
+    term = Term(one.number, key, one.adapter.deltas[key], Place(name), one.weight)
+    one.terms.setdefault(name, []).append(term)
+
+
+def _unmatched(one: _Binding, lost: Mapping[str, str], there: set[str], total: int) -> None:
+    roots = Counter(key.split(".")[0] for key in lost)
+    absent = {r for r in roots if not any(t.startswith(f"{r}.") for t in there)}
+    if len(lost) < total:
+        for root in sorted(absent):
+            if roots[root] > 1:
+                one.problem(
+                    "component_absent",
+                    f"{shown(root)}: {roots[root]} deltas, and the base has nothing of that name",
+                    f"{root}.*",
+                    remedy=f'--skip "{shown(root)}.*" leaves the component out',
+                )
+        lost = {k: t for k, t in lost.items() if roots[k.split(".")[0]] == 1 or
+                k.split(".")[0] not in absent}  # fmt: skip
+    if not lost:
+        return
+    close = nearest(list(lost), there)
+    if close:
+        change, count = close
+        step = f"; nearest: {change} (matches {count} of {len(lost)})"
+    else:
+        step = f"; the base's names begin like {shown(next(iter(sorted(there)), 'nothing'))}"
+    first = next(iter(lost.values()))
+    one.problem(
+        "unmatched",
+        f"{total - len(lost)} of {total} deltas matched; the base has no {shown(first)}"
+        f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}{step}",
+        first,
+    )
+
+
+def _base_names(one: _Binding) -> None:
+    """A difference of names is a hint, and only where both are Hub ids."""
+    said, base = one.adapter.config.get("base_model_name_or_path"), one.base.id
+    if not (isinstance(said, str) and base and is_hub_id(said)):
+        return
+    if _plain_name(said) != _plain_name(base):
+        one.problem(
+            "other_base",
+            f"its config names {shown(said)}, the base is {shown(base)}",
+            severity="warning",
+        )
+
+
+def _plain_name(hub_id: str) -> str:
+    """A Hub id without owner, case and the suffixes of quantised copies."""
+    pieces = hub_id.rpartition("/")[2].lower().split("-")
+    marks = ("bnb", "4bit", "8bit", "gptq", "awq", "int4", "int8", "fp8", "gguf", "hf", "unsloth")
+    return "-".join(p for p in pieces if p not in marks)
+
+
+# ------------------------------------------------------------------------------- all together
+
+
+def _targets(
+    base: Base, merged: Mapping[str, list[Term]], ties: Ties | None, problems: list[Problem]
+) -> tuple[dict[str, Target], bool]:
+    merged = dict(merged)
+    untied = _settle_ties(base, merged, ties, problems)
+    tie = base.tied()
+    targets = {}
+    for name, terms in merged.items():
+        leaf = base.tensors.get(name)
+        if leaf is None and untied and tie and name == tie[0]:
+            leaf = base.tensors[tie[1]]
+        shape = _output_shape(name, leaf, terms, problems)
+        targets[name] = Target(name, shape, leaf, tuple(terms))
+    if untied and tie and tie[0] not in targets and tie[0] not in base.tensors:
+        leaf = base.tensors[tie[1]]
+        targets[tie[0]] = Target(tie[0], leaf.shape, leaf, ())
+    _one_vocabulary(targets, base, problems)
+    return targets, untied
+
+
+def _output_shape(
+    name: str, leaf: Leaf | None, terms: Sequence[Term], problems: list[Problem]
+) -> tuple[int, ...]:
+    """The stored shape in the output: the base's, or that of what replaces it."""
+    whole = [t for t in terms if isinstance(t.delta, Replace) and t.delta.rows is None]
+    shapes = {_stored_shape(t.delta, False) for t in whole}
+    if leaf is None and len(shapes) > 1:
+        listed = " and ".join(str(s) for s in sorted(shapes))
+        problems.append(
+            Problem(
+                "head_conflict", f"{shown(name)} is {listed} in different adapters", target=name
+            )
+        )
+    if leaf is None:
+        return min(shapes)
+    if not whole:
+        rows = [max(t.delta.rows) for t in terms if isinstance(t.delta, Replace) and t.delta.rows]
+        if rows and max(rows) >= leaf.shape[0]:
+            message = f"{shown(name)}: token {max(rows)} is trained, the base has {leaf.shape[0]}"
+            problems.append(Problem("vocabulary", message, target=name))
+        return leaf.shape
+    shape = max(shapes)
+    if len(shapes) > 1:
+        listed = " and ".join(str(s) for s in sorted(shapes))
+        message = f"{shown(name)} is {listed} in different adapters"
+        problems.append(Problem("vocabulary", message, target=name))
+    elif shape[0] < leaf.shape[0] and (len(terms) > 1 or terms[0].weight != 1):
+        problems.append(
+            Problem(
+                "vocabulary",
+                f"{shown(name)}: {shape[0]} rows replace {leaf.shape[0]}, which only one adapter "
+                "of weight 1 can do",
+                target=name,
+            )
+        )
+    return shape
+
+
+def _settle_ties(
+    base: Base, merged: dict[str, list[Term]], ties: Ties | None, problems: list[Problem]
+) -> bool:
+    """Embedding and head in one tensor: move the head's deltas, write both, or say what to ask."""
+    tie = base.tied()
+    if tie is None or not (tie[0] in merged or tie[1] in merged):
+        return False
+    head, embedding = tie
+    by_head, by_embedding = merged.get(head, []), merged.get(embedding, [])
+    if not by_head and all(isinstance(t.delta, Replace) and t.delta.rows for t in by_embedding):
+        return False  # trained token rows: PEFT trains and serves them for both
+    if ties == "untied":
+        return True
+    if ties is None and not _agree(by_head, by_embedding):
+        touched = " and ".join(n for n in (head, embedding) if n in merged)
+        problems.append(
+            Problem(
+                "tied",
+                f"{shown(head)} and {shown(embedding)} are one tensor in the base, and the "
+                f"adapters change {shown(touched)}",
+                target=touched,
+            )
+        )
+    if by_head and _agree(by_head, by_embedding):
+        merged.pop(head)
+    elif by_head:
+        moved = [replace(t, place=replace(t.place, target=embedding)) for t in merged.pop(head)]
+        merged[embedding] = [*by_embedding, *moved]
+    if head in base.tensors and embedding in merged:
+        merged[head] = [replace(t, place=replace(t.place, target=head)) for t in merged[embedding]]
+    return False
+
+
+def _agree(first: Sequence[Term], second: Sequence[Term]) -> bool:
+    """Whether both sides are replaced by the same numbers."""
+    if not first or len(first) != len(second):
+        return False
+    for a, b in zip(first, second, strict=True):
+        if not (isinstance(a.delta, Replace) and isinstance(b.delta, Replace)):
+            return False
+        x, y = a.delta, b.delta
+        if x.then or y.then or x.rows != y.rows or x.value.shape != y.value.shape:
+            return False
+        if x.value.dtype != y.value.dtype or x.value.read() != y.value.read():
+            return False
+    return True
+
+
+def _one_vocabulary(targets: Mapping[str, Target], base: Base, problems: list[Problem]) -> None:
+    """A resized embedding needs its head resized alike, where the head is a tensor of its own."""
+    rows = {
+        n: t.shape[0]
+        for n, t in targets.items()
+        if t.base is not None and t.shape[:1] != t.base.shape[:1]
+    }
+    vocabulary = {n for n in base.tensors if _last(n) in EMBEDDINGS or _is_head(n)}
+    heads = {n for n in vocabulary if _is_head(n) or _last(n) in EMBEDDINGS}
+    for name, count in rows.items():
+        others = {
+            n: (targets[n].shape[0] if n in targets else base.tensors[n].shape[0])
+            for n in heads
+            if n.endswith(".weight") and base.tensors[n].shape[0] == base.tensors.get(
+                name, base.tensors[n]).shape[0]
+        }  # fmt: skip
+        unlike = {n: c for n, c in others.items() if c != count}
+        if unlike:
+            other, size = next(iter(unlike.items()))
+            message = f"{shown(name)} would have {count} rows and {shown(other)} {size}"
+            problems.append(Problem("vocabulary", message, target=name))
+            return
+        problems.append(
+            Problem(
+                "vocabulary",
+                f"{shown(name)} changes to {count} rows; config.json follows",
+                "note",
+                target=name,
+            )
+        )

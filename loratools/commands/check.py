@@ -1,0 +1,132 @@
+"""`check`: every problem of fitting adapters to a base, from headers, or from numbers too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools import formats
+from loratools.adapter import Adapter
+from loratools.bind import Plan, Ties, bind
+from loratools.commands.inspect import as_json
+from loratools.commands.judging import Choice, assumptions, judge
+from loratools.errors import Problem
+from loratools.weights.base import Base, headers
+
+# Problems that only a fold has.
+FOLD_ONLY = ("not_foldable", "residual_base")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """All problems together; `ok` when none of them is an error."""
+
+    ok: bool
+    matched: int | None  # None without a base
+    total: int
+    problems: tuple[Problem, ...]
+    waived: tuple[Problem, ...]
+    plan: Plan | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints; its keys never change."""
+        return {
+            "ok": self.ok,
+            "matched": self.matched,
+            "total": self.total,
+            "problems": [as_json(p) for p in self.problems],
+            "waived": [as_json(p) for p in self.waived],
+            "prefixes": [str(p) for p in self.plan.prefixes if p.added or p.removed]
+            if self.plan
+            else [],
+        }
+
+
+def check(
+    adapters: Sequence[str | Path | Adapter],
+    base: str | Path | Base | None = None,
+    *,
+    data: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    tied: bool = False,
+    untie: bool = False,
+    allow: Sequence[str] = (),
+    fail_on: Sequence[str] = (),
+    assume: Sequence[str] = (),
+) -> CheckResult:
+    """Find every problem of fitting `adapters` to `base` at once, without reading a weight.
+
+    With `data` the adapters' numbers are read too (NaN, infinity, untrained factors), and a sample
+    of the base's rows (`large_update`). Nothing is raised for a problem found: see `ok`; malformed
+    files raise MalformedError, missing ones NotFoundError.
+    """
+    loaded = load_all(adapters, assume)
+    plan, problems = fit(
+        loaded, base, weights=None, only=only, skip=skip, ties=ties_from(tied, untie)
+    )
+    if data:
+        from loratools.commands.numbers import adapter_numbers, sampled
+
+        problems += adapter_numbers(loaded)
+        if plan is not None and not any(p.severity == "error" for p in problems):
+            problems += sampled(plan).problems
+    judged = judge(problems, allow, fail_on)
+    return CheckResult(
+        ok=not any(p.severity == "error" for p in judged.problems),
+        matched=sum(plan.matched) if plan else None,
+        total=sum(plan.total) if plan else sum(len(a.deltas) for a in loaded),
+        problems=judged.problems,
+        waived=judged.waived,
+        plan=plan,
+    )
+
+
+def ties_from(tied: bool, untie: bool) -> Ties | None:
+    """`--tied` and `--untie` as one value; both together are a usage error."""
+    if tied and untie:
+        from loratools.errors import error
+
+        raise error("usage", "--tied and --untie exclude each other")
+    return "tied" if tied else "untied" if untie else None
+
+
+def load_all(adapters: Sequence[str | Path | Adapter], assume: Sequence[str]) -> list[Adapter]:
+    """Adapters from paths (or as they are, in memory)."""
+    given = assumptions(assume, len(adapters))
+    return [
+        a if isinstance(a, Adapter) else formats.read(a, assume=g)
+        for a, g in zip(adapters, given, strict=True)
+    ]
+
+
+def fit(
+    adapters: Sequence[Adapter],
+    base: str | Path | Base | None,
+    *,
+    weights: Sequence[float] | None,
+    only: Sequence[str],
+    skip: Sequence[str],
+    ties: Ties | None,
+) -> tuple[Plan | None, list[Problem]]:
+    """The plan over a base with its problems; without a base, the adapters' own problems."""
+    choice = Choice(tuple(only), tuple(skip))
+    if base is None:
+        names = [key for a in adapters for key in a.deltas]
+        choice.require_used(names)
+        own = [p for a in adapters for p in a.problems if p.code not in FOLD_ONLY]
+        return None, own
+    over = base if isinstance(base, Base) else headers(base)
+    seen: list[str] = []
+
+    def chosen(target: str) -> bool:
+        seen.append(target)
+        return choice(target)
+
+    plan = bind(adapters, over, weights=weights, chosen=chosen, ties=ties)
+    choice.require_used(seen)
+    from loratools.receipt import merged_before
+
+    return plan, [*plan.problems, *merged_before(over, adapters)]

@@ -1,0 +1,192 @@
+"""The half of `merge` that folds: plan, sample, write shards and companions, receipt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loratools import receipt
+from loratools.bind import Plan
+from loratools.commands.companions import Companions, plan_companions
+from loratools.commands.inspect import as_json, pair
+from loratools.commands.judging import judge
+from loratools.commands.merge import MergeResult, Progress, human
+from loratools.commands.numbers import KEPT, pooled, sampled
+from loratools.errors import Problem
+from loratools.folding import Cut, Tally, choose_device
+from loratools.streaming import stream
+from loratools.weights.layout import OutputShard, index_json, plan_shards
+from loratools.weights.publishing import publish
+
+INDEX = "model.safetensors.index.json"
+
+
+def fold(
+    plan: Plan,
+    problems: Sequence[Problem],
+    recipe: dict[str, Any],
+    *,
+    out: Path | None,
+    allow: Sequence[str],
+    fail_on: Sequence[str],
+    min_kept: float | None,
+    force: bool,
+    restart: bool,
+    dry_run: bool,
+    device: str,
+    threads: int | None,
+    hash: str,
+    progress: Progress | None,
+) -> MergeResult:
+    """Fold a plan into its base at `out`; every check comes before the first byte."""
+    dtype = recipe["dtype"]
+    rank, energy = recipe["rank"], recipe["energy"]
+    cut = None if rank is None and energy is None else Cut(rank, energy)
+    where = choose_device(device, plan)
+    if any(p.severity == "error" for p in judge(problems, _known(allow, problems)).problems):
+        judge(problems, allow, fail_on).require()
+    sample = sampled(plan, dtype=dtype, cut=cut, min_kept=min_kept)
+    judged = judge([*problems, *sample.problems], allow, fail_on)
+    judged.require()
+    companions = plan_companions(plan, dtype=dtype, tokenizer=recipe["tokenizer"])
+    shards = output_shards(plan, dtype)
+    as_file = out is not None and out.suffix == ".safetensors"
+    if as_file and out is not None and len(shards) == 1:
+        shards = (OutputShard(out.name, shards[0].header, shards[0].size, shards[0].pieces),)
+        companions = Companions()
+    nbytes = sum(s.size for s in shards)
+    count = len(plan.adapters)
+    makes = (
+        f"fold: {count} adapter{'s' if count > 1 else ''} into {Path(plan.base.name).name} -> "
+        f"model, {human(nbytes)}"
+    )
+    result = MergeResult(
+        makes=makes,
+        output=out,
+        targets=sum(plan.matched),
+        total=sum(plan.total),
+        method=recipe["method"],
+        weights=[],
+        truncation_error=None,
+        update_kept=sample.update_kept,
+        seconds=0.0,
+        nbytes=nbytes,
+        problems=judged.problems,
+        notes=tuple(companions.notes),
+        groups=groups(plan, sample.tallies),
+        dry_run=dry_run,
+        device=str(where),
+    )
+    if dry_run or out is None:
+        return result
+    recipe = {"base": receipt.base_entry(plan.base), **recipe}
+    inputs = [p for p in (plan.base.bundle.path, *(a.folder for a in plan.adapters)) if p]
+    with publish(
+        out,
+        as_file=as_file,
+        inputs=inputs,
+        force=force,
+        needed=nbytes + 1_000_000,
+        plan=receipt.plan_hash(recipe),
+        restart=restart,
+    ) as output:
+        streamed = stream(
+            shards, plan.targets, output, cut=cut, device=where, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+        files = [s.name for s in shards] + companions.write(output.folder)
+        if len(shards) > 1:
+            (output.folder / INDEX).write_bytes(index_json(shards))
+            files.append(INDEX)
+        tallies = streamed.tallies
+        receipt.write(
+            output.folder,
+            makes=makes,
+            recipe=recipe,
+            device=str(where),
+            files=files,
+            full={"full": True, "auto": None, "none": False}[hash],
+            name=f"{out.name}.{receipt.NAME}" if as_file else receipt.NAME,
+            coverage={
+                "matched": list(plan.matched),
+                "total": list(plan.total),
+                "prefixes": [str(p) for p in plan.prefixes if p.added or p.removed],
+            },
+            waived=[as_json(p) for p in judged.waived],
+            targets={n: _entry(t) for n, t in sorted(tallies.items())},
+        )
+    result.update_kept = pooled(tallies.values())
+    result.truncation_error = _truncation(tallies)
+    result.groups = groups(plan, tallies)
+    result.continued = streamed.continued
+    result.weaker = output.weaker
+    if result.update_kept is not None and result.update_kept < KEPT:
+        said = any(p.code == "loss" for p in result.problems)
+        kept = f"{result.update_kept:.0%} of the update survived rounding"
+        if not said:
+            result.problems += (Problem("loss", kept, "warning"),)
+    return result
+
+
+def _known(allow: Sequence[str], problems: Sequence[Problem]) -> list[str]:
+    """The waivers that speak of problems found so far; the sample may bring the others'."""
+    codes = {p.code for p in problems if p.severity == "error"}
+    return [a for a in allow if a.partition(":")[0] in codes]
+
+
+def output_shards(plan: Plan, dtype: str | None) -> tuple[OutputShard, ...]:
+    """The files of the folded model; with a new head, names as the task's class has them."""
+    removed = next((p.removed for p in plan.prefixes if p.removed), "")
+    renames = bool(plan.new) and bool(removed) and not plan.untied
+    return plan_shards(
+        plan.base,
+        {n: t.shape for n, t in plan.targets.items()},
+        new={n: plan.targets[n].base for n in plan.new},
+        dtype=dtype,
+        rename=(lambda name: removed + name) if renames else (lambda name: name),
+    )
+
+
+def _entry(tally: Tally) -> dict[str, Any]:
+    entry: dict[str, Any] = {"sha256": tally.digest}
+    if tally.update_kept is not None:
+        entry["update_kept"] = float(f"{tally.update_kept:.6g}")
+    if tally.whole:
+        entry["truncation_error"] = float(f"{(tally.residual / tally.whole) ** 0.5:.6g}")
+    return entry
+
+
+def _truncation(tallies: dict[str, Tally]) -> float | None:
+    whole = sum(t.whole for t in tallies.values())
+    return (sum(t.residual for t in tallies.values()) / whole) ** 0.5 if whole else None
+
+
+def groups(plan: Plan, tallies: dict[str, Tally]) -> list[dict[str, Any]]:
+    """Per group of like-named targets: how many, scaling, relative size, what was kept."""
+    found: dict[str, list[str]] = {}
+    for name, target in plan.targets.items():
+        if target.terms:
+            found.setdefault(_family(name), []).append(name)
+    table = []
+    for family, names in sorted(found.items()):
+        some = [tallies[n] for n in names if n in tallies]
+        pairs = [pair(t.delta) for n in names for t in plan.targets[n].terms]
+        scalings = sorted({p.scaling for p in pairs if p is not None})
+        base, update = sum(t.base for t in some), sum(t.update for t in some)
+        table.append(
+            {
+                "group": family,
+                "targets": len(names),
+                "scalings": scalings,
+                "relative_size": (update / base) ** 0.5 if base else None,
+                "update_kept": pooled(some),
+            }
+        )
+    return table
+
+
+def _family(name: str) -> str:
+    """A target's name with its layer numbers blurred."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

@@ -1,0 +1,392 @@
+"""`merge`: several adapters into one, or adapters folded into a base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from loratools import receipt
+from loratools.adapter import Adapter, Kind, Leaf, LowRank
+from loratools.commands.check import fit, load_all, ties_from
+from loratools.commands.inspect import as_json
+from loratools.commands.judging import judge, weights_for
+from loratools.errors import Problem, error, shown
+from loratools.formats import peft
+
+DTYPES = {
+    "fp32": "F32", "float32": "F32", "f32": "F32", "fp16": "F16", "float16": "F16", "f16": "F16",
+    "half": "F16", "bf16": "BF16", "bfloat16": "BF16", "fp64": "F64", "float64": "F64",
+}  # fmt: skip
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class MergeResult:
+    """What a merge or fold made, or (`dry_run`) would make."""
+
+    makes: str
+    output: Path | None
+    targets: int
+    total: int
+    method: str
+    weights: list[float]
+    truncation_error: float | None
+    update_kept: float | None
+    seconds: float
+    nbytes: int
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    continued: tuple[str, ...] = ()
+    dry_run: bool = False
+    weaker: bool = False
+    device: str = "cpu"
+    adapter: Adapter | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints; its keys never change."""
+        return {
+            "makes": self.makes,
+            "output": None if self.output is None else str(self.output),
+            "targets": self.targets,
+            "total": self.total,
+            "method": self.method,
+            "weights": self.weights,
+            "truncation_error": self.truncation_error,
+            "update_kept": self.update_kept,
+            "seconds": round(self.seconds, 3),
+            "bytes": self.nbytes,
+            "problems": [as_json(p) for p in self.problems],
+            "notes": list(self.notes),
+            "groups": self.groups,
+            "continued": list(self.continued),
+            "dry_run": self.dry_run,
+            "device": self.device,
+        }
+
+
+def merge(
+    adapters: Sequence[str | Path],
+    base: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    weights: Sequence[float] | str | None = None,
+    method: str = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    tied: bool = False,
+    untie: bool = False,
+    allow: Sequence[str] = (),
+    fail_on: Sequence[str] = (),
+    min_kept: float | None = None,
+    assume: Sequence[str] = (),
+    tokenizer: str | None = None,
+    force: bool = False,
+    restart: bool = False,
+    dry_run: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    hash: str = "auto",
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge adapters into one at `out`, or with `base` fold them into it.
+
+    `weights` are used as given; None means 1 for a single adapter and is refused for several;
+    "mean" is 1/n each. `rank` (a ceiling) or `energy` (share of squared singular values) truncate
+    the merged update optimally. Raises the errors of `loratools.errors`; nothing is written
+    before every check has passed, and `out` appears whole or not at all.
+    """
+    began = perf_counter()
+    if out is None and not dry_run:
+        raise error("usage", "merge needs an output (-o OUT)")
+    method, rank = checked_method(method, rank, energy)
+    paths, factors = weights_for([str(a) for a in adapters], weights, required=True)
+    if base is None and len(paths) == 1 and weights is None and rank is None and energy is None:
+        raise error(
+            "usage",
+            f"one adapter alone changes nothing; did you mean\n"
+            f"  loratools merge {paths[0]} --base BASE -o {out}     (fold it into a model)\n"
+            f"  loratools convert {paths[0]} --rank N -o {out}      (reduce its rank)",
+        )
+    kind = dtype_name(dtype)
+    loaded = load_all(paths, assume)
+    plan, problems = fit(
+        loaded, base, weights=factors, only=only, skip=skip, ties=ties_from(tied, untie)
+    )
+    recipe = {
+        "adapters": [receipt.adapter_entry(a, w) for a, w in zip(loaded, factors, strict=True)],
+        "method": method,
+        "rank": rank,
+        "energy": energy,
+        "dtype": kind,
+        "only": list(only),
+        "skip": list(skip),
+        "ties": ties_from(tied, untie),
+        "allow": list(allow),
+        "tokenizer": tokenizer,
+    }
+    from loratools.commands.numbers import adapter_numbers
+
+    problems += adapter_numbers(loaded)
+    if plan is not None:
+        from loratools.commands.folded import fold
+
+        result = fold(
+            plan,
+            problems,
+            recipe,
+            out=None if out is None else Path(out),
+            allow=allow,
+            fail_on=fail_on,
+            min_kept=min_kept,
+            force=force,
+            restart=restart,
+            dry_run=dry_run,
+            device=device,
+            threads=threads,
+            hash=hash,
+            progress=progress,
+        )
+    else:
+        judged = judge(problems, allow, fail_on)
+        judged.require()
+        merged = merge_adapters(
+            loaded, factors, method=method, rank=rank, energy=energy, dtype=kind, only=only,
+            skip=skip,
+        )  # fmt: skip
+        result = save_merged(
+            merged,
+            recipe,
+            judged.problems,
+            judged.waived,
+            out=Path(out) if out is not None and not dry_run else None,
+            inputs=[Path(p) for p in paths],
+            force=force,
+            hash=hash,
+            count=len(loaded),
+        )
+        result.dry_run = dry_run
+    result.weights = factors
+    result.seconds = perf_counter() - began
+    return result
+
+
+def checked_method(method: str, rank: int | None, energy: float | None) -> tuple[str, int | None]:
+    """The method's own name; `cat` and `svd` are linear without and with a rank."""
+    from loratools.merging import METHODS
+
+    if rank is not None and rank < 1:
+        raise error("usage", f"--rank {rank}: expected 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise error("usage", f"--energy {energy:g}: expected a share above 0, at most 1")
+    if method == "cat":
+        if rank is not None or energy is not None:
+            raise error("usage", "--method cat keeps all ranks; with --rank the method is svd")
+        return "linear", None
+    if method == "svd":
+        if rank is None and energy is None:
+            raise error("usage", "--method svd needs --rank N or --energy E")
+        return "linear", rank
+    if method not in METHODS:
+        known = ", ".join([*METHODS, "cat", "svd"])
+        raise error("usage", f"--method {shown(method)}: known methods are {known}")
+    return method, rank
+
+
+def dtype_name(dtype: str | None) -> str | None:
+    """The safetensors name of `--dtype`'s spellings (torch's too)."""
+    if dtype is None:
+        return None
+    name = DTYPES.get(dtype.removeprefix("torch.").lower())
+    if name is None:
+        raise error("usage", f"--dtype {shown(dtype)}: expected fp32, fp16 or bf16")
+    return name
+
+
+# ------------------------------------------------------------------------------- in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A merged adapter, and the squared norms that its truncation error is made of."""
+
+    adapter: Adapter
+    residual: float
+    total: float
+    by_target: dict[str, float]
+
+    @property
+    def truncation_error(self) -> float | None:
+        """sqrt(Σ‖residual‖² / Σ‖ΔW‖²); None where nothing was truncated."""
+        return (self.residual / self.total) ** 0.5 if self.total else None
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    method: str = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Summed:
+    """The weighted merge of adapters in memory; one that lacks a target counts as zero there.
+
+    Factors are float32 unless `dtype` says otherwise; one adapter of weight 1 keeps its own.
+    Raises FitError `needs_base` where the sum depends on W0.
+    """
+    from loratools.commands.judging import Choice
+    from loratools.folding import one_thread
+    from loratools.merging import METHODS
+
+    choice = Choice(tuple(only), tuple(skip))
+    keys = list(dict.fromkeys(k for a in adapters for k in a.deltas if choice(k)))
+    if not keys:
+        raise error("no_effect", "no target is left to merge")
+    deltas: dict[str, Kind] = {}
+    residual = total = 0.0
+    errors: dict[str, float] = {}
+    with one_thread():
+        for key in keys:
+            terms = [(w, a.deltas[key]) for a, w in zip(adapters, weights, strict=True)
+                     if key in a.deltas]  # fmt: skip
+            summed = METHODS[method](terms, rank=rank, energy=energy)
+            alone = len(terms) == 1 and terms[0][0] == 1 and rank is None and energy is None
+            deltas[key] = summed.delta if alone and not dtype else rounded(
+                summed.delta, dtype or "F32"
+            )  # fmt: skip
+            residual, total = residual + summed.residual, total + summed.total
+            if summed.total:
+                errors[key] = (summed.residual / summed.total) ** 0.5
+    first = adapters[0]
+    config = first.config if len(adapters) == 1 else common_config(adapters)
+    merged = replace(
+        first,
+        deltas=deltas,
+        config=config,
+        metadata=first.metadata if len(adapters) == 1 else {},
+        name="merged",
+        folder=None,
+        files=(),
+        transposed=frozenset().union(*(a.transposed for a in adapters)),
+        problems=(),
+    )
+    return Summed(merged, residual, total, errors)
+
+
+def rounded(delta: Kind, dtype: str) -> Kind:
+    """A delta with its tensors in a storage dtype, rounded once; `overflow` if one does not fit."""
+    from loratools.algebra import held, map_leaves, widen
+    from loratools.folding import torch_dtype
+    from loratools.narrowing import narrow
+
+    def narrowed(leaf: Leaf) -> Leaf:
+        wide = widen(leaf)
+        out = narrow(wide, torch_dtype(dtype))
+        if not bool(out.isfinite().all()) and bool(wide.isfinite().all()):
+            raise error("overflow", f"{shown(leaf.name)} does not fit {dtype}; try --dtype fp32")
+        return held(out, leaf.name)
+
+    return map_leaves(delta, narrowed)
+
+
+def common_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The config fields on which all agree, targets and saved modules united."""
+    configs = [a.config for a in adapters]
+    first = configs[0]
+    config = {k: v for k, v in first.items() if all(k in c and c[k] == v for c in configs)}
+    for field_name in ("target_modules", "modules_to_save"):
+        lists = [c.get(field_name) for c in configs]
+        if field_name not in config and all(isinstance(v, list) or v is None for v in lists):
+            config[field_name] = sorted({m for v in lists for m in v or []})
+    config.setdefault("base_model_name_or_path", first.get("base_model_name_or_path"))
+    config.pop("peft_version", None)
+    return config
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def save_merged(
+    merged: Summed,
+    recipe: dict[str, Any],
+    problems: Sequence[Problem],
+    waived: Sequence[Problem],
+    *,
+    out: Path | None,
+    inputs: Sequence[Path],
+    force: bool,
+    hash: str,
+    count: int,
+    verb: str = "merge",
+) -> MergeResult:
+    """Publish a merged adapter with its receipt, and say what was made."""
+    from loratools.weights.publishing import publish
+
+    adapter = merged.adapter
+    ranks = [d.rank for d in adapter.deltas.values() if isinstance(d, LowRank)]
+    nbytes = sum(leaf.nbytes for d in adapter.deltas.values() for leaf in _leaves(d))
+    span = f"rank {min(ranks)}" + (f"-{max(ranks)}" if max(ranks) != min(ranks) else "") if ranks \
+        else "no low-rank pairs"  # fmt: skip
+    what = "adapter" if count == 1 else "adapters"
+    makes = f"{verb}: {count} {what} -> adapter, {span}, {human(nbytes)}"
+    if out is not None:
+        if out.suffix:
+            raise error(
+                "usage", f"-o {shown(out)}: a PEFT adapter is a folder; leave the suffix out"
+            )
+        with publish(out, inputs=inputs, force=force, needed=nbytes + 1_000_000) as output:
+            written = peft.write(adapter, output.folder)
+            files = [p.name for p in output.folder.iterdir()]
+            receipt.write(
+                output.folder,
+                makes=makes,
+                recipe=recipe,
+                device="cpu",
+                files=files,
+                full={"full": True, "auto": None, "none": False}[hash],
+                known=written,
+                truncation={
+                    "error": merged.truncation_error,
+                    "by_target": {k: float(f"{v:.6g}") for k, v in merged.by_target.items()},
+                },
+                waived=[as_json(p) for p in waived],
+            )
+    return MergeResult(
+        makes=makes,
+        output=out,
+        targets=len(adapter.deltas),
+        total=len(adapter.deltas),
+        method=recipe.get("method", "linear"),
+        weights=[],
+        truncation_error=merged.truncation_error,
+        update_kept=None,
+        seconds=0.0,
+        nbytes=nbytes,
+        problems=tuple(problems),
+        adapter=adapter,
+    )
+
+
+def _leaves(delta: Kind) -> list[Leaf]:
+    from loratools.adapter import leaves
+
+    return list(leaves(delta))
+
+
+def human(nbytes: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

@@ -1,0 +1,117 @@
+"""What numbers show before anything is written: NaN, untrained, too large, lost in rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loratools.adapter import Adapter, LowRank, leaves
+from loratools.bind import Plan
+from loratools.errors import Problem, shown
+from loratools.folding import Cut, Tally, fold_sample, torch_dtype
+
+KEPT = 0.9  # below this share of the update a fold warns
+ALREADY = (0.8, 1.2)  # projections of W0 on ΔW between these look like an adapter folded before
+
+
+def adapter_numbers(adapters: Sequence[Adapter]) -> list[Problem]:
+    """NaN and infinity (by tensor, with counts), and low-rank pairs that change nothing."""
+    problems = []
+    for adapter in adapters:
+        zero, pairs = [], 0
+        for key, delta in adapter.deltas.items():
+            for leaf in leaves(delta):
+                tensor = leaf.tensor()
+                bad = tensor.numel() - int(tensor.to(torch.float32).isfinite().sum())
+                if tensor.dtype == torch.float64:
+                    bad = tensor.numel() - int(tensor.isfinite().sum())
+                if bad:
+                    message = f"{shown(leaf.name)}: {bad} NaN or infinite values"
+                    problems.append(Problem("nonfinite", message, "error", adapter.name, key))
+            if isinstance(delta, LowRank):
+                pairs += 1
+                if not bool(delta.b.tensor().any()) or not bool(delta.a.tensor().any()):
+                    zero.append(key)
+        if zero and len(zero) == pairs == len(adapter.deltas):
+            message = f"all {pairs} pairs of {shown(adapter.name)} are zero: it was never trained"
+            problems.append(Problem("no_effect", message, "error", adapter.name))
+        elif zero:
+            message = f"{len(zero)} of {pairs} pairs are zero, {shown(zero[0])} first"
+            problems.append(Problem("no_effect", message, "warning", adapter.name, zero[0]))
+    return problems
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Tallies of a few rows of every target, and what they give reason to say."""
+
+    tallies: dict[str, Tally]
+    problems: list[Problem]
+
+    @property
+    def update_kept(self) -> float | None:
+        """The estimate of how much of the update the output's dtype keeps."""
+        return pooled(self.tallies.values())
+
+
+def pooled(tallies: Iterable[Tally]) -> float | None:
+    """`update_kept` over several targets together."""
+    found = list(tallies)
+    update = sum(t.update for t in found)
+    return sum(t.kept for t in found) / update if update else None
+
+
+def sampled(
+    plan: Plan,
+    *,
+    dtype: str | None = None,
+    cut: Cut | None = None,
+    min_kept: float | None = None,
+) -> Sampled:
+    """Fold a few rows of every target: what is too large, already there, or lost in the dtype."""
+    tallies: dict[str, Tally] = {}
+    for name, target in plan.targets.items():
+        if target.base is None or not target.terms:
+            continue
+        out = torch_dtype(dtype or target.base.dtype)
+        tallies[name] = fold_sample(target, dtype=out, cut=cut)
+    problems = [*_too_large(plan, tallies), *_there_already(tallies)]
+    kept = pooled(tallies.values())
+    if kept is not None and kept < (KEPT if min_kept is None else min_kept):
+        severity = "warning" if min_kept is None else "error"
+        problems.append(
+            Problem(
+                "loss",
+                f"in {dtype or 'the base dtype'} about {kept:.0%} of the update survives rounding",
+                severity,  # type: ignore[arg-type]
+                remedy="--dtype fp32 keeps all of it",
+            )
+        )
+    return Sampled(tallies, problems)
+
+
+def _too_large(plan: Plan, tallies: dict[str, Tally]) -> list[Problem]:
+    matrices = {n: t for n, t in tallies.items() if len(plan.targets[n].shape) > 1 and t.update}
+    large = [n for n, t in matrices.items() if t.update > t.base]
+    if len(large) * 2 <= len(matrices):
+        return []
+    message = (
+        f"the update is larger than the base weight on {len(large)} of {len(matrices)} targets"
+    )
+    return [Problem("large_update", f"{message}, {shown(large[0])} first")]
+
+
+def _there_already(tallies: dict[str, Tally]) -> list[Problem]:
+    """<W0, ΔW> / <ΔW, ΔW> is near 1 where ΔW is in W0 already, near 0 where it is not."""
+    update, base = sum(t.update for t in tallies.values()), sum(t.base for t in tallies.values())
+    elements = sum(t.elements for t in tallies.values())
+    if not update or not elements:
+        return []
+    noise = (base / update / elements) ** 0.5  # of the projection of an unrelated W0
+    share = sum(t.along for t in tallies.values()) / update
+    if noise > 0.1 or not ALREADY[0] < share < ALREADY[1]:
+        return []
+    message = f"the base looks as if it held this update already (projection {share:.2f})"
+    return [Problem("already_merged", message, "warning")]

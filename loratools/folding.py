@@ -1,0 +1,318 @@
+"""The one loop that carries out a plan over base weights; the only place that chooses devices.
+
+Each target is read once and written once, in tiles of whole rows on a fixed grid, computed in
+float64 and rounded once. Threads take targets; what a tile's bytes are never depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratools.adapter import TORCH_NAMES, Kind, Leaf, LowRank
+from loratools.algebra import (
+    as_stored,
+    combine,
+    condense,
+    grown,
+    held,
+    map_leaves,
+    matrix,
+    prepare,
+    truncate,
+)
+from loratools.bind import Plan, Target
+from loratools.errors import error, shown
+from loratools.narrowing import narrow
+
+TILE = (
+    1 << 16
+)  # elements a CPU tile has at most, but for rows longer than that: fits a core's cache
+DEVICE_TILE = 1 << 24  # a GPU wants work in larger portions
+ARITHMETIC_BOUND = 256  # total rank above which a GPU gains more than the bus costs
+
+Rows = Callable[[int, int], Tensor]  # (start, stop) -> those stored rows of W0, as a matrix
+Emit = Callable[[int, Tensor], None]  # (start, rows in the output dtype, on the CPU)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Truncation of the merged additive update before it is folded."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the touched elements of one target, in float64, in tile order."""
+
+    kept: float = 0.0  # <W - W0, ΔW>, W as written
+    update: float = 0.0  # <ΔW, ΔW>
+    base: float = 0.0  # <W0, W0>
+    along: float = 0.0  # <W0, ΔW>
+    elements: int = 0
+    residual: float = 0.0  # squared norm of what a truncation cut away
+    whole: float = 0.0  # squared norm of the update before it
+    digest: str = ""
+
+    @property
+    def update_kept(self) -> float | None:
+        """<W-W0, ΔW> / <ΔW, ΔW>: 1 when the whole update survives the output's dtype."""
+        return self.kept / self.update if self.update else None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Desk:
+    """What one thread works on: its device and its reused buffers."""
+
+    device: torch.device
+    buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def room(self, use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A buffer of the shape of `like`; it is the same memory at every call."""
+        flat = self.buffers.get((use, dtype))
+        if flat is None or flat.numel() < like.numel():
+            flat = torch.empty(like.numel(), dtype=dtype, device=self.device)
+            self.buffers[use, dtype] = flat
+        return flat[: like.numel()].view(like.shape)
+
+
+def choose_device(name: str, plan: Plan) -> torch.device:
+    """The device for `--device auto|cpu|cuda[:N]`.
+
+    A low-rank fold moves 4 bytes for every 2·rank flops: below a total rank of some hundreds the
+    disk or the bus bounds it, and `auto` stays on the CPU.
+    """
+    if name == "auto":
+        ranks = [sum(_rank(t.delta) for t in target.terms) for target in plan.targets.values()]
+        heavy = max(ranks, default=0) >= ARITHMETIC_BOUND
+        return torch.device("cuda" if heavy and torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise error("usage", f"--device {shown(name)}: expected auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise error("usage", f"--device {shown(name)}: float64 sums need cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise error("usage", f"--device {shown(name)}: this machine has no usable CUDA device")
+    return device
+
+
+def _rank(delta: Kind) -> int:
+    return delta.rank if isinstance(delta, LowRank) else 0
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One BLAS thread for each of ours: more of them fight over the same cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def tiles(rows: int, columns: int, known: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """The fixed grid: blocks of whole rows, with an edge where the base's own rows end."""
+    size = TILE if device.type == "cpu" else DEVICE_TILE
+    step = max(1, size // max(columns, 1))
+    for begin, end in ((0, min(known, rows)), (known, rows)):
+        for start in range(begin, end, step):
+            yield start, min(start + step, end)
+
+
+def fold_target(
+    target: Target,
+    rows: Rows | None,
+    emit: Emit,
+    *,
+    dtype: torch.dtype,
+    desk: Desk | None = None,
+    cut: Cut | None = None,
+    only_rows: Sequence[int] | None = None,
+) -> Tally:
+    """Fold one target: W0 comes from `rows` in tiles (None: the base has none), W goes to `emit`.
+
+    With `only_rows` just these rows are computed (a sample). Raises OverflowError's kin
+    `overflow` and `nonfinite` with the target's name.
+    """
+    desk = desk or Desk(torch.device("cpu"))
+    tally = Tally()
+    known = 0 if target.base is None or rows is None else target.base.shape[0]
+    height, width = target.shape[0] if target.shape else 1, 1
+    for extent in target.shape[1:]:
+        width *= extent
+
+    def wide(start: int, stop: int, use: str = "w0") -> Tensor:
+        assert rows is not None
+        raw = rows(start, stop).to(desk.device, non_blocking=True)
+        return desk.room(use, raw, torch.float64).copy_(raw)
+
+    def first_pass() -> Iterator[tuple[int, Tensor]]:
+        for start, stop in tiles(known, width, known, desk.device):
+            yield start, wide(start, stop)
+
+    terms = _ready(target, first_pass, desk.device, cut, tally)
+    grid = tiles(height, width, known, desk.device)
+    for start, stop in grid if only_rows is None else ((r, r + 1) for r in only_rows):
+        if start >= known:
+            like = torch.empty(stop - start, width, dtype=torch.float64, device=desk.device)
+            w = grown(terms, like, start)
+            emit(start, narrow(w, dtype).cpu())
+            tally.elements += w.numel()
+            continue
+        w0 = wide(start, stop)
+        w = combine(terms, w0, start, desk.room("w", w0, torch.float64))
+        out = narrow(w, dtype, desk.room("single", w, torch.float32))
+        _count(tally, w0, w, out, desk)
+        if not _finite(tally):
+            _explain(target, w0, out)
+        emit(start, out.cpu())
+    return tally
+
+
+def _ready(
+    target: Target,
+    first_pass: Callable[[], Iterator[tuple[int, Tensor]]],
+    device: torch.device,
+    cut: Cut | None,
+    tally: Tally,
+) -> list[tuple[float, Kind]]:
+    """A target's terms in stored orientation, on the device, in float64, as few as can be."""
+    weighted: list[tuple[float, Kind]] = []
+    for term in target.terms:
+        delta = as_stored(term.delta) if term.place.transposed else term.delta
+        weighted.append((term.weight, map_leaves(delta, lambda leaf: _moved(leaf, device))))
+    weighted = condense(weighted)
+    if cut is not None:
+        weighted = [(w, _cut(d, cut, tally)) for w, d in weighted]
+    return [(w, prepare(d, first_pass)) for w, d in weighted]
+
+
+def _moved(leaf: Leaf, device: torch.device) -> Leaf:
+    return held(leaf.tensor().to(device), leaf.name)
+
+
+def _cut(delta: Kind, cut: Cut, tally: Tally) -> Kind:
+    if not isinstance(delta, LowRank):
+        return delta
+    short = truncate(delta, rank=cut.rank, energy=cut.energy)
+    tally.residual += short.residual
+    tally.whole += short.total
+    return short.delta
+
+
+def _count(tally: Tally, w0: Tensor, w: Tensor, out: Tensor, desk: Desk) -> None:
+    d = torch.sub(w, w0, out=desk.room("d", w, torch.float64)).view(-1)
+    before = w0.reshape(-1)
+    along = float(torch.dot(before, d))
+    written = w.copy_(out).reshape(-1)  # w itself is no longer needed
+    tally.kept += float(torch.dot(written, d)) - along
+    tally.along += along
+    tally.update += float(torch.dot(d, d))
+    tally.base += float(torch.dot(before, before))
+    tally.elements += w.numel()
+
+
+def _finite(tally: Tally) -> bool:
+    # An infinite or NaN element makes one of the products NaN or infinite: no pass of its own.
+    return tally.kept - tally.kept == 0 and tally.base - tally.base == 0
+
+
+def _explain(target: Target, w0: Tensor, out: Tensor) -> None:
+    name = shown(target.name)
+    bad = int((~w0.isfinite()).sum())
+    if bad:
+        raise error("nonfinite", f"{name}: the base has {bad} NaN or infinite values")
+    lost = int((~out.isfinite()).sum())
+    dtype = str(out.dtype).removeprefix("torch.")
+    if lost:
+        raise error("overflow", f"{name}: {lost} values do not fit {dtype}; try --dtype fp32")
+
+
+# ------------------------------------------------------------------------------- in memory
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
+
+
+def fold_tensor(
+    target: Target, tensor: Tensor | None, *, dtype: torch.dtype, cut: Cut | None = None
+) -> tuple[Tensor, Tally]:
+    """One folded weight in memory; `tensor` is the base weight in stored layout, on any device."""
+    device = tensor.device if tensor is not None else torch.device("cpu")
+    parts: list[Tensor] = []
+    stored = None if tensor is None else matrix(tensor.detach())
+    rows = None if stored is None else (lambda start, stop: stored[start:stop])
+    with one_thread():
+        tally = fold_target(
+            target,
+            rows,
+            lambda _, tile: parts.append(tile.clone()),
+            dtype=dtype,
+            desk=Desk(device),
+            cut=cut,
+        )
+    return torch.cat(parts).reshape(target.shape).to(device), tally
+
+
+def sample_rows(height: int, count: int = 8) -> list[int]:
+    """`count` rows spread evenly over a tensor."""
+    return sorted({(2 * i + 1) * height // (2 * count) for i in range(count)}) if height else []
+
+
+def fold_sample(target: Target, *, dtype: torch.dtype, cut: Cut | None = None) -> Tally:
+    """The tally of a few rows of one target, read from the base: what a fold would keep."""
+    leaf = target.base
+    assert leaf is not None
+    reader = leaf_rows(leaf)
+    with one_thread():
+        return fold_target(
+            target,
+            reader,
+            lambda _start, _tile: None,
+            dtype=dtype,
+            cut=cut,
+            only_rows=sample_rows(min(leaf.shape[0], target.shape[0])),
+        )
+
+
+def leaf_rows(leaf: Leaf, into: Callable[[int, int], Tensor] | None = None) -> Rows:
+    """Rows of a stored weight as a matrix, by offset where its bytes lie in row order.
+
+    `into(offset, length)` may read bytes in a faster way than the leaf's source (uint8 tensor).
+    """
+    dtype = torch_dtype(leaf.dtype)
+    height = leaf.shape[0] if leaf.shape else 1
+    width = leaf.numel // height if height else 0
+    if leaf.source is None or leaf.strides is not None:
+        whole = matrix(leaf.tensor())
+        return lambda start, stop: whole[start:stop]
+    row, source = width * dtype.itemsize, leaf.source
+
+    def read(start: int, stop: int) -> Tensor:
+        offset, length = leaf.offset + start * row, (stop - start) * row
+        if into is not None:
+            raw = into(offset, length)
+        else:
+            raw = torch.frombuffer(bytearray(source.read(offset, length)), dtype=torch.uint8)
+        return raw.view(dtype).view(stop - start, width)
+
+    return read

@@ -1,0 +1,425 @@
+"""Hugging Face PEFT adapters: adapter_config.json beside adapter_model.safetensors, .bin or .pt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter import FLOATS, Adapter, Dense, Kind, Leaf, LowRank, Renormed, Replace
+from loratools.containers import safetensors, torch_zip
+from loratools.containers.bundle import Bundle
+from loratools.errors import Problem, Severity, error, shown
+from loratools.formats.peft_config import (
+    config_for,
+    config_problems,
+    names,
+    read_config,
+    scaling_of,
+    unusual,
+)
+from loratools.names.patterns import peft_value
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+PREFIX = "base_model.model."
+# What other layers leave in names: torch.compile, FSDP, DDP (facts of peft, accelerate, torch).
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+TOKENS = "trainable_tokens_delta"
+READ_TYPES = ("LORA", "TRAINABLE_TOKENS")
+# Last names of the modules that PEFT saves by itself when a vocabulary grew.
+EMBEDDINGS = frozenset(
+    "embed_tokens lm_head wte word_embeddings shared embed_in embed_out decoder output "
+    "tok_embeddings embedding embeddings token_embedding".split()
+)
+
+
+def detect(bundle: Bundle) -> bool:
+    """Whether a bundle is a PEFT adapter: by its config's peft_type, or PEFT's names and keys."""
+    if bundle.chosen is not None and not _is_weights(bundle.chosen):
+        return False
+    if CONFIG in bundle:
+        raw = bundle.read(CONFIG, 1_000_000)
+        config = read_config(raw, f"{bundle.name}/{CONFIG}")
+        has_weights = bundle.chosen is not None or any(w in bundle for w in WEIGHTS)
+        return "peft_type" in config and has_weights
+    if bundle.chosen is None:
+        return any(w in bundle for w in WEIGHTS)
+    if not bundle.chosen.endswith(".safetensors"):
+        return bundle.chosen in WEIGHTS
+    return any(_part(k)[1] is not None for k in _tensors(bundle, bundle.chosen)[0])
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".pt"))
+
+
+@dataclass(slots=True)
+class _Module:
+    """The leaves found for one module, before they are put together."""
+
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+    adapters: set[str] = field(default_factory=set)
+
+
+def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
+    """A PEFT adapter from its headers; contradictions become `problems`, malformed files raise."""
+    weights = bundle.chosen or next(w for w in WEIGHTS if w in bundle)
+    tensors, metadata, extras = _tensors(bundle, weights)
+    has_config = CONFIG in bundle
+    config: dict[str, Any] = {}
+    if has_config:
+        config = read_config(bundle.read(CONFIG, 1_000_000), f"{bundle.name}/{CONFIG}")
+    adapter = assemble(tensors, config, name=bundle.name, assume=assume, has_config=has_config)
+    problems = list(adapter.problems)
+    for key in extras:
+        message = f"{shown(key)} in {weights} is no tensor"
+        problems.append(Problem("unexplained", message, "error", bundle.name, shown(key)))
+    others = [w for w in WEIGHTS if w in bundle and w != weights]
+    if others and bundle.chosen is None:
+        message = f"{', '.join(others)} lies beside {weights} and was not read"
+        problems.append(Problem("unexplained", message, "note", bundle.name))
+    return replace(
+        adapter,
+        metadata=metadata,
+        folder=bundle.path,
+        files=(weights, CONFIG) if has_config else (weights,),
+        problems=tuple(problems),
+    )
+
+
+def assemble(
+    tensors: Mapping[str, Leaf],
+    config: dict[str, Any],
+    *,
+    name: str,
+    assume: Mapping[str, str] | None = None,
+    has_config: bool = True,
+) -> Adapter:
+    """An adapter from PEFT's tensors and config."""
+    problems: list[Problem] = []
+
+    def problem(
+        code: str, message: str, target: str | None = None, severity: Severity = "error"
+    ) -> None:
+        problems.append(Problem(code, message, severity, name, target))
+
+    kind = config.get("peft_type", "LORA")
+    if kind not in READ_TYPES:
+        problem("unknown_type", f"peft_type {shown(kind)}: its tensors are not read as deltas")
+        tensors = {}
+    settled = _settle_alpha(config, assume or {}, has_config, problem)
+    modules, plain = _group(tensors)
+    several = set().union(*(m.adapters for m in modules.values())) if modules else set()
+    if len(several) > 1:
+        listed = ", ".join(sorted(shown(s) for s in several))
+        problem("unexplained", f"the file holds {len(several)} adapters: {listed}")
+    deltas: dict[str, Kind] = {}
+    transposed: set[str] = set()
+    for module, found in modules.items():
+        _pair(module, found, settled, deltas, transposed, problem)
+    for module, leaf in _tokens(modules):
+        rows = _token_rows(settled, module, leaf, problem)
+        if rows is not None:
+            deltas[f"{module}.weight"] = Replace(leaf, rows, _then(deltas, f"{module}.weight"))
+    for key, leaf in plain.items():
+        deltas[key] = Replace(leaf, None, _then(deltas, key))
+    if kind in READ_TYPES:
+        lora = [m for m, found in modules.items() if any(p in found.leaves for p in PARTS)]
+        problems.extend(config_problems(config, lora, name))
+        _saved(config, plain, deltas, problem)
+    if not deltas and not any(p.severity == "error" for p in problems):
+        problem("no_effect", f"{shown(name)} holds no adapter tensors")
+    return Adapter(
+        deltas=deltas,
+        format="peft",
+        vocabulary="hf",
+        config=config,
+        name=name,
+        transposed=frozenset(transposed),
+        problems=tuple(problems),
+        assumed=dict(assume or {}),
+    )
+
+
+def _tensors(bundle: Bundle, name: str) -> tuple[dict[str, Leaf], dict[str, str], dict[str, Any]]:
+    source = bundle.open(name)
+    if name.endswith(".safetensors"):
+        header = safetensors.read_header(source)
+        return header.leaves, header.metadata, {}
+    file = torch_zip.state_dict(source)
+    return dict(file.tensors), {}, dict(file.extras)
+
+
+def _settle_alpha(
+    config: dict[str, Any], assume: Mapping[str, str], has_config: bool, problem: Any
+) -> dict[str, Any]:
+    """The config with `--assume alpha=` taken in; a missing alpha is a problem of its own."""
+    said = config.get("lora_alpha")
+    if "alpha" in assume:
+        try:
+            alpha = float(assume["alpha"])
+        except ValueError:
+            raise error("usage", f"--assume alpha={shown(assume['alpha'])}: not a number") from None
+        if said is not None and said != alpha:
+            raise error("usage", f"--assume alpha={alpha:g}, but {CONFIG} says {said!r}")
+        return {**config, "lora_alpha": alpha}
+    if said is None and config.get("peft_type", "LORA") == "LORA":
+        where = f"{CONFIG} has no lora_alpha" if has_config else f"there is no {CONFIG}"
+        problem("alpha_missing", where)
+        return {**config, "lora_alpha": None}
+    return config
+
+
+# ------------------------------------------------------------------------------- keys
+
+
+def _part(key: str) -> tuple[str, str | None, str]:
+    """(module, part, adapter's name) of a key; part is None for a plain parameter."""
+    pieces = [p for p in key.removeprefix("module.").split(".") if p not in WRAPPERS]
+    if pieces[:2] == ["base_model", "model"]:
+        pieces = pieces[2:]
+    for i in range(len(pieces) - 1, -1, -1):
+        piece, tail = pieces[i], pieces[i + 1 :]
+        module = _without_wrapper(pieces[:i])
+        if piece in PARTS and len(tail) <= 2:
+            leaf = tail.pop() if tail and tail[-1] in ("weight", "bias") else "weight"
+            return module, piece + (".bias" if leaf == "bias" else ""), ".".join(tail)
+        if piece == TOKENS and len(tail) <= 1:
+            return module.removesuffix(".token_adapter"), TOKENS, ".".join(tail)
+        if piece == "modules_to_save" and len(tail) == 2:
+            return f"{module}.{tail[1]}", None, tail[0]
+    return _without_wrapper(pieces), None, ""
+
+
+def _without_wrapper(pieces: list[str]) -> str:
+    # `base_layer` is where PEFT keeps the wrapped module: nn.MultiheadAttention's out_proj, biases.
+    return ".".join(p for p in pieces if p != "base_layer")
+
+
+def _group(tensors: Mapping[str, Leaf]) -> tuple[dict[str, _Module], dict[str, Leaf]]:
+    modules: dict[str, _Module] = {}
+    plain: dict[str, Leaf] = {}
+    for key, leaf in tensors.items():
+        module, part, adapter = _part(key)
+        if part is None:
+            slots, slot = plain, module
+        else:
+            found = modules.setdefault(module, _Module())
+            found.adapters |= {adapter} if adapter else set()
+            slots, slot = found.leaves, part
+        if slot in slots and not adapter:
+            raise error(
+                "duplicate", f"{shown(key)} and {shown(slots[slot].name)} are the same parameter"
+            )
+        slots[slot] = leaf
+    return modules, plain
+
+
+def _pair(
+    module: str,
+    found: _Module,
+    config: Mapping[str, Any],
+    deltas: dict[str, Kind],
+    transposed: set[str],
+    problem: Any,
+) -> None:
+    """The low-rank delta of one module, with its DoRA magnitude and its bias."""
+    leaves = found.leaves
+    embedding = "lora_embedding_A" in leaves or "lora_embedding_B" in leaves
+    down, up = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    a, b = leaves.get(down), leaves.get(up)
+    if a is None and b is None:
+        if set(leaves) - {TOKENS}:
+            lost = ", ".join(sorted(set(leaves) - {TOKENS}))
+            problem("missing", f"{shown(module)} has {lost} without {down} and {up}", module)
+        return
+    if a is None or b is None:
+        here, lost = (up, down) if a is None else (down, up)
+        problem("missing", f"{shown(module)} has {here} without {lost}", module)
+        return
+    for leaf in (a, b):
+        if leaf.dtype not in FLOATS:
+            raise error("dtype_unusable", f"{shown(leaf.name)} is {leaf.dtype}, expected floats")
+    if not _multiplies(a, b):
+        problem(
+            "shape_factors",
+            f"{shown(module)}: A is {a.shape}, B is {b.shape}; expected (rank, in, ...) and "
+            "(out, rank, ...) (an empty or flat factor is one part of a sharded save)",
+            module,
+        )
+        return
+    rank, said = a.shape[0], scaling_of(config, module)
+    if said.rank is not None and said.rank != rank:
+        problem("config_conflict", f"{shown(module)}: config says r={said.rank}, A has {rank} rows")
+    elif said.rank is None and "r" in config:
+        problem("config_conflict", f"{shown(module)}: config's r is no whole number, A has {rank}")
+    scaling = said.of(rank)
+    if scaling is None:
+        scaling, unknown = 1.0, None  # alpha_missing is among the problems
+        pair = LowRank(a, b, scaling, unknown)
+    else:
+        pair = LowRank(a, b, scaling, said.alpha)
+        if scaling == 0:
+            problem("no_effect", f"{shown(module)}: alpha is 0, so the update is zero", module)
+        elif unusual(scaling):
+            message = f"{shown(module)}: scaling {scaling:g} (alpha {said.alpha:g} / rank {rank})"
+            problem("scaling_unusual", message, module, "warning")
+    key = f"{module}.weight"
+    magnitude = leaves.get("lora_magnitude_vector")
+    if magnitude is not None and not config.get("use_dora"):
+        problem(
+            "config_conflict",
+            f"{shown(module)} has a DoRA magnitude, and the config says use_dora=false",
+            module,
+        )
+    if magnitude is None and config.get("use_dora"):
+        problem("missing", f"{shown(module)} has no magnitude, the config says use_dora", module)
+    if magnitude is not None and magnitude.numel != b.shape[0]:
+        problem(
+            "shape_factors",
+            f"{shown(module)}: {magnitude.numel} magnitudes for {b.shape[0]} outputs",
+            module,
+        )
+        magnitude = None
+    deltas[key] = pair if magnitude is None else Renormed(pair, magnitude)
+    if embedding:
+        transposed.add(key)
+    bias = leaves.get("lora_B.bias")
+    if bias is not None:
+        deltas[f"{module}.bias"] = Dense(bias, scaling)
+    unused = set(leaves) - {down, up, "lora_magnitude_vector", "lora_B.bias", TOKENS}
+    if unused:
+        problem("unexplained", f"{shown(module)}: {', '.join(sorted(unused))}", module)
+
+
+def _multiplies(a: Leaf, b: Leaf) -> bool:
+    if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
+        return False
+    flat = all(n == 1 for n in b.shape[2:])
+    return a.shape[0] == b.shape[1] and flat and len(a.shape) in (len(b.shape), 2)
+
+
+def _then(deltas: dict[str, Kind], key: str) -> LowRank | Renormed | None:
+    """A pair already found for the same weight goes on top of what replaces it."""
+    pair = deltas.get(key)
+    return pair if isinstance(pair, LowRank | Renormed) else None
+
+
+def _tokens(modules: Mapping[str, _Module]) -> Iterator[tuple[str, Leaf]]:
+    for module, found in modules.items():
+        if TOKENS in found.leaves:
+            yield module, found.leaves[TOKENS]
+
+
+def _token_rows(
+    config: Mapping[str, Any], module: str, leaf: Leaf, problem: Any
+) -> tuple[int, ...] | None:
+    """Which stored rows a trainable-tokens tensor replaces; only the config knows."""
+    said = config.get("trainable_token_indices", config.get("token_indices"))
+    if isinstance(said, Mapping):
+        said = peft_value(said, module, None)[0]
+    rows = said if isinstance(said, list) else []
+    good = all(isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in rows)
+    if not good or len(rows) != leaf.shape[0] or len(set(rows)) != len(rows):
+        problem(
+            "config_conflict",
+            f"{shown(module)}: {leaf.shape[0]} trained token rows, and the config names "
+            f"{len(rows)} indices for them",
+            module,
+        )
+        return None
+    return tuple(rows)
+
+
+def _saved(
+    config: Mapping[str, Any], plain: Mapping[str, Leaf], deltas: Mapping[str, Kind], problem: Any
+) -> None:
+    """Full tensors against `modules_to_save` and `bias`, both ways: none comes unannounced."""
+    saved = names(config, "modules_to_save")
+    for key in plain:
+        module, _, parameter = key.rpartition(".")
+        known = any(f".{s}." in f".{key}" for s in saved)
+        embedding = module.rpartition(".")[2] in EMBEDDINGS
+        bias = parameter == "bias" and config.get("bias", "none") != "none"
+        if config and not (known or embedding or bias):
+            problem(
+                "config_conflict",
+                f"{shown(key)} is a full tensor that modules_to_save does not name",
+                key,
+            )
+    absent = [s for s in saved if not any(f".{s}." in f".{key}" for key in deltas)]
+    if absent and len(absent) == len(saved):
+        listed = ", ".join(shown(s) for s in absent)
+        problem("missing", f"modules_to_save names {listed}, and the file has none of it")
+    elif absent:
+        listed = ", ".join(shown(s) for s in absent)
+        problem("missing", f"modules_to_save also names {listed}, not in the file", severity="note")
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+def write(adapter: Adapter, folder: Path) -> dict[str, str]:
+    """Write adapter_config.json and adapter_model.safetensors into a folder; sha256 by file name.
+
+    Factors, alphas and dtypes stand as they are in the adapter; fields of a PEFT config are kept.
+    """
+    tensors, config = disassemble(adapter)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    digest = safetensors.write(folder / WEIGHTS[0], tensors, {**adapter.metadata, "format": "pt"})
+    return {WEIGHTS[0]: digest}
+
+
+def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
+    """PEFT's tensors by key, and its config."""
+    pairs: dict[str, LowRank] = {}
+    tensors: dict[str, Leaf] = {}
+    saved: list[str] = []
+    rows: dict[str, list[int]] = {}
+    dora = lora_bias = False
+    for key, delta in adapter.deltas.items():
+        module, _, parameter = key.rpartition(".")
+        stem = PREFIX + module
+        match delta:
+            case Dense(diff=diff) if parameter == "bias" and f"{module}.weight" in adapter.deltas:
+                tensors[f"{stem}.lora_B.bias"] = diff
+                lora_bias = True
+                continue
+            case Dense():
+                raise error("loss", f"PEFT has no place for a full difference ({shown(key)})")
+            case Replace(value=value, rows=None, then=then):
+                infix = ".base_layer" if then is not None else ""
+                tensors[f"{stem}{infix}.{parameter}"] = value
+                inner: Kind | None = then
+                is_bias = parameter == "bias" and adapter.config.get("bias", "none") != "none"
+                if then is None and not is_bias:
+                    saved.append(module)
+            case Replace(value=value, rows=tuple(index), then=then):
+                tensors[f"{stem}.token_adapter.{TOKENS}"] = value
+                rows[module], inner = list(index), then
+            case _:
+                inner = delta
+        if isinstance(inner, Renormed):
+            dora = True
+            tensors[f"{stem}.lora_magnitude_vector"] = inner.magnitude
+            inner = inner.delta if isinstance(inner.delta, LowRank) else None
+        if isinstance(inner, LowRank):
+            pairs[module] = inner
+            embedding = key in adapter.transposed
+            down, up = (
+                ("lora_embedding_A", "lora_embedding_B")
+                if embedding
+                else ("lora_A.weight", "lora_B.weight")
+            )
+            tensors[f"{stem}.{down}"], tensors[f"{stem}.{up}"] = inner.a, inner.b
+    named = {name: replace(leaf, name=name) for name, leaf in tensors.items()}
+    source = adapter.config if adapter.format == "peft" else {}
+    config = config_for(pairs, source, saved=tuple(saved), dora=dora, lora_bias=lora_bias)
+    if rows:
+        config["trainable_token_indices"] = rows
+    return named, config

@@ -1,0 +1,180 @@
+"""PEFT's adapter_config.json: what its fields mean for rank and scaling, and writing it back."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loratools.adapter import LowRank
+from loratools.containers.strict_json import loads
+from loratools.errors import Problem, error, shown
+from loratools.names.patterns import peft_targets, peft_value
+
+# Initialisations that replace the base by a residual before training (peft:tuners/lora/layer.py).
+RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+# Fields that make a LoRA something that no weight can express, with the reason.
+RUNTIME = {
+    "alora_invocation_tokens": "an activated LoRA applies only after its invocation tokens",
+    "arrow_config": "Arrow routes between adapters for every token",
+    "layer_replication": "it was trained on a base with replicated layers",
+}
+# Fields whose variants store the same leaves with another meaning.
+VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "target_parameters")
+
+
+def read_config(raw: bytes, what: str) -> dict[str, Any]:
+    """The fields of an adapter_config.json, unknown ones included."""
+    config = loads(raw, what)
+    if not isinstance(config, dict):
+        raise error("malformed", f"{what} holds a {type(config).__name__}, expected an object")
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What the config says of one module's low-rank pair."""
+
+    rank: int | None
+    alpha: float | None
+    rslora: bool
+
+    def of(self, rank: int) -> float | None:
+        """alpha / rank, or alpha / √rank for rsLoRA (arXiv 2312.03732)."""
+        if self.alpha is None:
+            return None
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def scaling_of(config: Mapping[str, Any], module: str) -> Scaling:
+    """Rank and alpha of a module by PEFT's own rule: first matching pattern in the file's order."""
+    rank, _ = peft_value(_mapping(config, "rank_pattern"), module, config.get("r"))
+    alpha, _ = peft_value(_mapping(config, "alpha_pattern"), module, config.get("lora_alpha"))
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+        raise error("malformed", f"the alpha of {shown(module)} is {alpha!r}, expected a number")
+    is_rank = isinstance(rank, int) and not isinstance(rank, bool)
+    return Scaling(rank if is_rank else None, alpha, config.get("use_rslora") is True)
+
+
+def _mapping(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    value = config.get(field)
+    return value if isinstance(value, Mapping) else {}
+
+
+def names(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """A field that holds a name, a list of names or nothing."""
+    value = config.get(field)
+    if isinstance(value, str):
+        return (value,)
+    return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
+
+
+def config_problems(config: Mapping[str, Any], modules: list[str], name: str) -> Iterator[Problem]:
+    """What the config says that stands against folding or merging, or that no module explains."""
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(RESIDUAL):
+        yield Problem(
+            "residual_base",
+            f"init_lora_weights={shown(init)}: the adapter fits only the residual base that this "
+            "initialisation made",
+            adapter=name,
+        )
+    for field, reason in RUNTIME.items():
+        if config.get(field):
+            yield Problem("not_foldable", f"{field} is set: {reason}", adapter=name)
+    for field in VARIANTS:
+        if config.get(field):
+            yield Problem(
+                "unknown_type",
+                f"{field} is set: its tensors mean something else than plain LoRA's",
+                adapter=name,
+            )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = _mapping(config, field)
+        for key in patterns:
+            if not any(peft_value({key: 1}, m, 0)[0] for m in modules):
+                yield Problem(
+                    "config_conflict",
+                    f'{field} names "{shown(key)}", and no module of the adapter matches it',
+                    adapter=name,
+                )
+
+
+def unusual(scaling: float) -> bool:
+    """Whether a scaling lies far from what trainings use; a warning, never a refusal."""
+    return not (1 / 1024 <= abs(scaling) <= 64)
+
+
+# ------------------------------------------------------------------------------------ writing
+
+
+def config_for(
+    pairs: Mapping[str, LowRank],
+    source: Mapping[str, Any],
+    *,
+    saved: tuple[str, ...],
+    dora: bool,
+    lora_bias: bool,
+) -> dict[str, Any]:
+    """A config under which PEFT gives every pair its rank and scaling.
+
+    The source's own fields are kept while they say the right thing; otherwise rank, alpha and the
+    two patterns are written anew with plain scaling, exceptions named by full module path.
+    """
+    config = dict(source)
+    config.setdefault("peft_type", "LORA")
+    config.setdefault("base_model_name_or_path", None)
+    config.setdefault("task_type", None)
+    config["inference_mode"] = True
+    if not _says(config, pairs):
+        config.update(_plain(pairs))
+    targets = config.get("target_modules")
+    usable = isinstance(targets, str | list) and targets != "all-linear"
+    if not usable or not all(peft_targets(targets or [], module) for module in pairs):
+        config["target_modules"] = sorted(pairs)
+        for field in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+            if config.get(field) is not None:
+                config[field] = None
+    known = names(config, "modules_to_save")
+    missing = [s for s in saved if not any(s == k or s.endswith(f".{k}") for k in known)]
+    if missing:
+        config["modules_to_save"] = [*known, *missing]
+    config.setdefault("bias", "none")
+    if dora or "use_dora" in config:
+        config["use_dora"] = dora
+    if lora_bias or "lora_bias" in config:
+        config["lora_bias"] = lora_bias
+    return config
+
+
+def _says(config: Mapping[str, Any], pairs: Mapping[str, LowRank]) -> bool:
+    for module, pair in pairs.items():
+        said = scaling_of(config, module)
+        if said.rank != pair.rank or said.of(pair.rank) != pair.scaling:
+            return False
+    return "r" in config or not pairs
+
+
+def _plain(pairs: Mapping[str, LowRank]) -> dict[str, Any]:
+    alphas = {m: _number(p.scaling * p.rank) for m, p in pairs.items()}
+    rank = Counter(p.rank for p in pairs.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {_exactly(m): p.rank for m, p in pairs.items() if p.rank != rank},
+        "alpha_pattern": {_exactly(m): a for m, a in alphas.items() if a != alpha},
+    }
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
+
+
+def _exactly(module: str) -> str:
+    """A pattern that PEFT's rule matches with this module alone (its keys are regexes)."""
+    return "^" + module.replace(".", r"\.")

@@ -1,0 +1,194 @@
+"""The library in memory: load, save, merge and fold adapters without any output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loratools import formats
+from loratools.adapter import TORCH_NAMES, Adapter, Leaf
+from loratools.bind import Plan, Ties, bind
+from loratools.commands import merge as merging
+from loratools.commands.check import FOLD_ONLY
+from loratools.commands.judging import judge
+from loratools.containers.bundle import Bundle
+from loratools.errors import error, refusal
+from loratools.formats import peft
+from loratools.weights.base import Base, Shard
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(source: str | Path, *, assume: Mapping[str, str] | None = None) -> Adapter:
+    """The adapter at a path; its factors stay on disk until they are used.
+
+    Raises what its own files contradict (FitError, RefusedError), MalformedError, NotFoundError.
+    """
+    return _sound(formats.read(source, assume=assume))
+
+
+def _sound(adapter: Adapter) -> Adapter:
+    refused = refusal(p for p in adapter.problems if p.code not in FOLD_ONLY)
+    if refused:
+        raise refused
+    return adapter
+
+
+def save(adapter: Adapter, path: str | Path, to: str = "peft", *, force: bool = False) -> Path:
+    """Write an adapter as a folder of the format `to`; factors and dtypes stay as they are."""
+    from loratools.weights.publishing import publish
+
+    if to not in formats.NAMES:
+        raise error("usage", f"to={to!r}: known formats are {', '.join(formats.NAMES)}")
+    inputs = [adapter.folder] if adapter.folder else []
+    with publish(Path(path), inputs=inputs, force=force) as output:
+        peft.write(adapter, output.folder)
+    return Path(path)
+
+
+def from_state_dict(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], *, name: str = "state dict"
+) -> Adapter:
+    """An adapter from PEFT's state dict (keys as PEFT saves them) and its config as a dict."""
+    leaves = {key: Leaf.of(key, tensor.detach()) for key, tensor in tensors.items()}
+    return _sound(peft.assemble(leaves, dict(config), name=name))
+
+
+def to_state_dict(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """PEFT's state dict and config for an adapter."""
+    leaves, config = peft.disassemble(adapter)
+    return {key: leaf.tensor() for key, leaf in leaves.items()}, config
+
+
+def from_model(peft_model: Any, adapter_name: str = "default") -> Adapter:
+    """The adapter inside a live `peft.PeftModel`, as PEFT itself would save it."""
+    from peft import get_peft_model_state_dict  # type: ignore[import-not-found,unused-ignore]
+
+    config = {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in peft_model.peft_config[adapter_name].to_dict().items()
+    }
+    tensors = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
+    return from_state_dict(tensors, config, name=f"model's adapter {adapter_name}")
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter],
+    *,
+    weights: Sequence[float] | str | None = None,
+    method: str = "linear",
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+) -> Adapter:
+    """One adapter whose update is the weighted sum of all; cheap to call in a sweep.
+
+    Exact without `rank` and `energy` (ranks add up), else the optimal truncation. Raises FitError
+    `needs_base` for kinds whose sum depends on W0.
+    """
+    from loratools.commands.judging import weights_for
+
+    _, factors = weights_for([a.name for a in adapters], weights, required=True)
+    method, rank = merging.checked_method(method, rank, energy)
+    kind = merging.dtype_name(dtype)
+    summed = merging.merge_adapters(
+        adapters, factors, method=method, rank=rank, energy=energy, dtype=kind
+    )
+    return summed.adapter
+
+
+# ------------------------------------------------------------------------------- folding
+
+
+class Tensors(Protocol):
+    """Anything with `keys()` and `get_tensor()`, such as `safetensors.safe_open`."""
+
+    def keys(self) -> Any: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+
+def plan_for(
+    adapters: Sequence[Adapter],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    config: Mapping[str, Any] | None = None,
+    ties: Ties | None = None,
+    allow: Sequence[str] = (),
+) -> Plan:
+    """A plan over weights in memory; raises every problem that `allow` does not let through."""
+    leaves = {name: Leaf.of(name, tensor) for name, tensor in tensors.items()}
+    bundle = Bundle("model in memory", (), _no_file)
+    base = Base(bundle, (Shard("memory", leaves, {}, ""),), leaves, dict(config or {}))
+    plan = bind(adapters, base, weights=weights, ties=ties)
+    judge(plan.problems, allow).require()
+    return plan
+
+
+def _no_file(name: str) -> Any:
+    raise error("not_found", f"a model in memory has no file {name}")
+
+
+def fold_tensors(source: Tensors, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) for every tensor of the folded model, one at a time.
+
+    Untouched tensors come as the source gives them; touched ones keep their dtype.
+    """
+    from loratools.folding import fold_tensor
+
+    for name in source.keys():  # noqa: SIM118 - safe_open is no mapping
+        target = plan.targets.get(name)
+        tensor = source.get_tensor(name)
+        if target is not None and target.terms:
+            tensor, _ = fold_tensor(target, tensor, dtype=tensor.dtype)
+        yield name, tensor
+    for name in plan.new:
+        target = plan.targets[name]
+        leaf = target.base or next(iter(plan.base.tensors.values()))
+        start = target.base.tensor() if target.base else None
+        dtype = leaf.tensor().dtype
+        yield name, fold_tensor(target, start, dtype=dtype)[0]
+
+
+def fold_into(
+    module: torch.nn.Module,
+    adapters: Sequence[Adapter],
+    *,
+    weights: Sequence[float] | None = None,
+    allow: Sequence[str] = (),
+) -> dict[str, float | None]:
+    """Fold adapters into a live module's parameters, in place; `update_kept` by target.
+
+    Tensors shared between parameters (tied embeddings) change for all of them, as PEFT does.
+    Raises before anything changes; heads and vocabularies that the module lacks are refused.
+    """
+    import torch
+
+    from loratools.folding import fold_tensor
+
+    parameters = dict(module.state_dict(keep_vars=True))
+    config = getattr(module, "config", None)
+    facts = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    tensors = {n: p.detach() for n, p in parameters.items() if str(p.dtype)[6:] in _FLOATS}
+    plan = plan_for(adapters, tensors, weights=weights, config=facts, ties="tied", allow=allow)
+    unfit = [n for n in plan.targets if n in plan.new or n in plan.resized]
+    if unfit:
+        raise error("shape_mismatch", f"{unfit[0]}: the live module has no weight of that shape")
+    kept: dict[str, float | None] = {}
+    done: set[int] = set()
+    with torch.no_grad():
+        for name, target in plan.targets.items():
+            tensor = parameters[name]
+            if tensor.data_ptr() in done:
+                continue
+            done.add(tensor.data_ptr())
+            folded, tally = fold_tensor(target, tensor, dtype=tensor.dtype)
+            tensor.copy_(folded)
+            kept[name] = tally.update_kept
+    return kept
+
+
+_FLOATS = frozenset(TORCH_NAMES[n] for n in ("F64", "F32", "F16", "BF16"))

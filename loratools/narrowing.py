@@ -1,0 +1,59 @@
+"""Rounding float64 to a storage dtype, once and to nearest even; torch's own cast rounds twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_HALFWAY = torch.iinfo(torch.int32).min  # the pattern 0x8000 in the low half, shifted to the top
+
+
+def narrow(values: Tensor, dtype: torch.dtype, single: Tensor | None = None) -> Tensor:
+    """`values` (float64) in `dtype`, each the correctly rounded one (IEEE 754 nearest even).
+
+    torch casts float64 to 16 bits by way of float32, so that 1 + 2^-8 + 2^-40 becomes 1.0 in
+    bfloat16 instead of 1.0078125. Only values that float32 puts exactly halfway can go wrong.
+    `single` is float32 scratch of the same shape, for callers that round many tiles.
+    """
+    if dtype in (torch.float64, torch.float32):
+        return values.to(dtype)
+    single = values.to(torch.float32) if single is None else single.copy_(values)
+    out = single.to(dtype)
+    at = _doubtful(single.reshape(-1), dtype)
+    if at.numel():
+        out.view(-1)[at] = _to_odd(values.reshape(-1)[at]).to(dtype)
+    return out
+
+
+def _doubtful(single: Tensor, dtype: torch.dtype) -> Tensor:
+    """Indices of the values that lie halfway between two of `dtype`, as far as float32 can tell."""
+    if dtype == torch.bfloat16:  # its bits are the upper half of float32's
+        low = single.view(torch.int32) << 16
+        return _indices(low, _HALFWAY)
+    # Below the normal range the spacing is fixed, so a shift of bits does not find the middle:
+    # twice the distance to the rounded value is a whole step exactly in the middle.
+    near = single.to(dtype).to(torch.float32)
+    other = single + (single - near)
+    return _indices(((other.to(dtype).to(torch.float32) == other) & (other != near)), True)
+
+
+def _indices(values: Tensor, sought: int | bool) -> Tensor:
+    # numpy finds a few among many several times faster than torch's nonzero.
+    if values.device.type != "cpu":
+        return (values == sought).nonzero().view(-1)
+    return torch.from_numpy(np.flatnonzero(values.numpy() == sought))
+
+
+def _to_odd(values: Tensor) -> Tensor:
+    """float64 to float32 rounded to odd: what is cut off leaves the last bit set.
+
+    A second rounding to 22 bits or fewer is then correct (Boldo & Melquiond 2008,
+    doi:10.1109/TC.2007.70819).
+    """
+    single = values.to(torch.float32)
+    back = single.to(torch.float64)
+    bits = single.view(torch.int32).clone()
+    bits -= (back.abs() > values.abs()).to(torch.int32)
+    bits |= (back != values).to(torch.int32) * values.isfinite().to(torch.int32)
+    return bits.view(torch.float32)

@@ -1,0 +1,343 @@
+"""The fold over files: a few threads read, compute and write shards, and sync them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratools.adapter import DTYPE_BITS, Leaf, Source
+from loratools.bind import Target
+from loratools.containers.local import LocalFile
+from loratools.errors import error, shown
+from loratools.folding import Cut, Desk, Tally, fold_target, leaf_rows, one_thread, torch_dtype
+from loratools.narrowing import narrow
+from loratools.weights import disk
+from loratools.weights.layout import OutputShard, Piece, runs
+from loratools.weights.publishing import Output
+
+COPY = 64 << 20  # bytes of untouched weights that one task copies
+WRITEBACK = 8 << 20  # bytes after which the disk may begin: the sync at the end is short then
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def default_threads() -> int:
+    """One for each usable core, and one more so that a wait for the disk leaves none idle."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, (cores or 1) + 1)
+
+
+@dataclass(slots=True)
+class _Open:
+    """One shard being written: its descriptors, and how many tasks it still waits for."""
+
+    shard: OutputShard
+    path: Path
+    fd: int
+    left: int
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(slots=True)
+class Streamed:
+    """What was written: a tally for every touched tensor, bytes, files taken over."""
+
+    tallies: dict[str, Tally]
+    nbytes: int
+    continued: tuple[str, ...]
+
+
+class _Inputs:
+    """Open descriptors of the base's shards; every file must stay what it was when bound."""
+
+    def __init__(self) -> None:
+        self._fds: dict[int, tuple[int, LocalFile]] = {}
+        self._lock = threading.Lock()
+
+    def fd(self, source: Source) -> int | None:
+        """A descriptor for a local file; None for sources that only read themselves."""
+        if not isinstance(source, LocalFile):
+            return None
+        with self._lock:
+            if id(source) not in self._fds:
+                with disk.reported(source.path):
+                    self._fds[id(source)] = (os.open(source.path, os.O_RDONLY), source)
+            return self._fds[id(source)][0]
+
+    def close(self) -> None:
+        for fd, _ in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def require_unchanged(self) -> None:
+        """StorageError `input_changed` where a shard was written to meanwhile."""
+        for _, source in self._fds.values():
+            if LocalFile(source.path).identity != source.identity:
+                raise error("input_changed", f"{shown(source.name)} was changed while it was read")
+
+
+def stream(
+    shards: Sequence[OutputShard],
+    targets: Mapping[str, Target],
+    output: Output,
+    *,
+    cut: Cut | None = None,
+    device: torch.device | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Write all shards into the output's folder; those it has finished already are taken over.
+
+    Every target is folded in float64 and rounded once; all other tensors are copied as bytes,
+    or rounded where the output's dtype is another. Raises StorageError, `overflow`, `nonfinite`.
+    """
+    total = sum(s.size for s in shards)
+    run = _Run(targets, cut, device or torch.device("cpu"), total, progress)
+    pool = ThreadPoolExecutor(threads or default_threads(), "fold")
+    flusher = ThreadPoolExecutor(1, "sync")
+    continued = []
+    try:
+        with one_thread():
+            pending: set[Future[None]] = set()
+            for shard in shards:
+                if shard.name in output.finished:
+                    continued.append(shard.name)
+                    run.take_over(shard, output.finished[shard.name])
+                    continue
+                for future in _start(run, shard, output, pool, flusher):
+                    pending.add(future)
+            for future in as_completed(pending):
+                future.result()
+            pool.shutdown()
+            flusher.shutdown()
+            for synced in run.synced:
+                synced.result()
+            run.inputs.require_unchanged()
+    except BaseException:
+        run.stopped.set()
+        pool.shutdown(cancel_futures=True)
+        flusher.shutdown()
+        raise
+    finally:
+        run.inputs.close()
+        run.close()
+    return Streamed(run.tallies, total, tuple(continued))
+
+
+class _Run:
+    """What the threads share."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        cut: Cut | None,
+        device: torch.device,
+        total: int,
+        progress: Progress | None,
+    ) -> None:
+        self.targets, self.cut, self.device = targets, cut, device
+        self.total, self.progress = total, progress
+        self.done = 0
+        self.inputs = _Inputs()
+        self.stopped = threading.Event()
+        self.tallies: dict[str, Tally] = {}
+        self.synced: list[Future[None]] = []
+        self.local = threading.local()
+        self.lock = threading.Lock()
+        self.open: list[_Open] = []
+
+    def desk(self) -> Desk:
+        if not hasattr(self.local, "desk"):
+            self.local.desk = Desk(self.device)
+        desk: Desk = self.local.desk
+        return desk
+
+    def advance(self, nbytes: int) -> None:
+        with self.lock:
+            self.done += nbytes
+            done = self.done
+        if self.progress:
+            self.progress(done, self.total)
+
+    def take_over(self, shard: OutputShard, record: str) -> None:
+        for name, tally in json.loads(record).items():
+            self.tallies[name] = Tally(**tally)
+        self.advance(shard.size)
+
+    def close(self) -> None:
+        for one in self.open:
+            if one.fd >= 0:
+                with suppress(OSError):
+                    os.close(one.fd)
+                one.fd = -1
+
+
+def _start(
+    run: _Run,
+    shard: OutputShard,
+    output: Output,
+    pool: ThreadPoolExecutor,
+    flusher: ThreadPoolExecutor,
+) -> Iterator[Future[None]]:
+    """Queue one shard: its header now, its tensors as tasks, its sync behind the last of them."""
+    path = output.folder / shard.name
+    with disk.reported(path, shard.size):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    touched = [p for p in shard.pieces if p.name in run.targets and run.targets[p.name].terms]
+    names = {p.name for p in touched}
+    changed = [p for p in shard.pieces if p.name not in names and _converts(p)]
+    as_bytes = runs(shard.pieces, lambda p: p.name not in names and not _converts(p))
+    copies = [
+        (leaf, at + part, leaf.offset + part, min(COPY, length - part))
+        for leaf, at, length in as_bytes
+        for part in range(0, length, COPY)
+    ]
+    one = _Open(shard, path, fd, len(touched) + len(changed) + len(copies))
+    run.open.append(one)
+    disk.reserve(fd, shard.size)
+    disk.write_from(fd, memoryview(shard.header), 0)
+    run.advance(len(shard.header))
+
+    def finish() -> None:
+        disk.sync_file(one.fd)
+        os.close(one.fd)
+        one.fd = -1
+        record = json.dumps({n: t.as_json() for n, t in one.tallies.items()})
+        output.finish(shard.name, record)
+        with run.lock:
+            run.tallies.update(one.tallies)
+
+    def task(work: Callable[[], None]) -> None:
+        if run.stopped.is_set():
+            return
+        with torch.inference_mode():
+            work()
+        with one.lock:
+            one.left -= 1
+            last = one.left == 0
+        if last:
+            run.synced.append(flusher.submit(finish))
+
+    # The largest first: a long one at the end would leave the other threads idle.
+    for piece in sorted(touched, key=lambda p: -p.nbytes):
+        yield pool.submit(task, lambda piece=piece: _fold(run, one, piece))  # type: ignore[misc]
+    for piece in changed:
+        yield pool.submit(task, lambda piece=piece: _convert(run, one, piece))  # type: ignore[misc]
+    for leaf, to, at, length in copies:
+        yield pool.submit(
+            task,
+            lambda leaf=leaf, to=to, at=at, length=length: _copy(run, one, leaf, to, at, length),  # type: ignore[misc]
+        )
+    if not one.left:
+        run.synced.append(flusher.submit(finish))
+
+
+def _converts(piece: Piece) -> bool:
+    leaf = piece.base
+    return leaf is None or piece.dtype != leaf.dtype or leaf.strides is not None or not leaf.source
+
+
+def _copy(run: _Run, one: _Open, leaf: Leaf, to: int, at: int, length: int) -> None:
+    assert leaf.source is not None
+    fd = run.inputs.fd(leaf.source)
+    if fd is None:
+        disk.write_from(one.fd, memoryview(leaf.source.read(at, length)), to)
+    else:
+        disk.copy_range(fd, one.fd, at, to, length)
+    disk.start_writeback(one.fd, to, length)
+    run.advance(length)
+
+
+def _reader(run: _Run, leaf: Leaf) -> Callable[[int, int], Tensor] | None:
+    """Reads bytes of a local file into a buffer of this thread's desk."""
+    fd = run.inputs.fd(leaf.source) if leaf.source is not None else None
+    if fd is None:
+        return None
+    desk, pinned = run.desk(), run.device.type == "cuda"
+
+    def into(offset: int, length: int) -> Tensor:
+        key = ("read", torch.uint8)
+        buffer = desk.buffers.get(key)
+        if buffer is None or buffer.numel() < length:
+            buffer = torch.empty(length, dtype=torch.uint8, pin_memory=pinned)
+            desk.buffers[key] = buffer
+        view = buffer[:length]
+        disk.read_into(fd, _bytes(view), offset)
+        return view
+
+    return into
+
+
+def _fold(run: _Run, one: _Open, piece: Piece) -> None:
+    target = run.targets[piece.name]
+    hashed, written = hashlib.sha256(), _Writer(run, one, piece)
+
+    def emit(_start: int, tile: Tensor) -> None:
+        raw = _bytes(tile)
+        hashed.update(raw)
+        written(raw)
+
+    leaf = target.base
+    rows = None if leaf is None else leaf_rows(leaf, _reader(run, leaf))
+    tally = fold_target(
+        target, rows, emit, dtype=torch_dtype(piece.dtype), desk=run.desk(), cut=run.cut
+    )
+    tally.digest = hashed.hexdigest()
+    one.tallies[piece.name] = tally
+
+
+def _convert(run: _Run, one: _Open, piece: Piece) -> None:
+    """A tensor that no adapter touches, in the output's dtype (or from strides of a torch file)."""
+    leaf = piece.base
+    assert leaf is not None
+    rows, written = leaf_rows(leaf, _reader(run, leaf)), _Writer(run, one, piece)
+    height = leaf.shape[0] if leaf.shape else 1
+    width = max(1, leaf.numel // max(height, 1))
+    step = max(1, WRITEBACK * 8 // (DTYPE_BITS[leaf.dtype] * width) // 4)
+    dtype = torch_dtype(piece.dtype)
+    for start in range(0, height, step):
+        tile = rows(start, min(start + step, height))
+        if piece.dtype != leaf.dtype:
+            narrowed = narrow(tile.to(torch.float64), dtype)
+            if not bool(narrowed.isfinite().all()) and bool(tile.isfinite().all()):
+                raise error(
+                    "overflow", f"{shown(piece.name)} does not fit {piece.dtype}; try --dtype fp32"
+                )
+            tile = narrowed
+        written(_bytes(tile.contiguous()))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+class _Writer:
+    """Writes one tensor's bytes in order, and lets the disk begin now and then."""
+
+    def __init__(self, run: _Run, one: _Open, piece: Piece) -> None:
+        self.run, self.fd = run, one.fd
+        self.at = self.begun = piece.offset
+        self.end = piece.offset + piece.nbytes
+
+    def __call__(self, raw: memoryview) -> None:
+        if self.run.stopped.is_set():
+            raise error("storage", "another thread failed; this one stopped")
+        disk.write_from(self.fd, raw, self.at)
+        self.at += len(raw)
+        if self.at - self.begun >= WRITEBACK or self.at == self.end:
+            disk.start_writeback(self.fd, self.begun, self.at - self.begun)
+            self.run.advance(self.at - self.begun)
+            self.begun = self.at

@@ -1,0 +1,1 @@
+"""Base weights: headers, lazy reading, the streaming writer; every call that is not portable."""

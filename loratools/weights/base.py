@@ -1,0 +1,223 @@
+"""Base weights from their headers: shards, tensors, and the facts that config.json states."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratools.adapter import Leaf
+from loratools.containers import safetensors, torch_zip
+from loratools.containers.bundle import Bundle, local
+from loratools.containers.strict_json import loads
+from loratools.errors import Problem, error, shown
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+INDEX_LIMIT = 50_000_000
+
+# Architectures whose linear layers are transformers' Conv1D, stored (in, out), and those layers.
+CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+# Last names of input embeddings and of heads that may share their tensor.
+EMBEDDINGS = (
+    "embed_tokens wte word_embeddings shared embed_in tok_embeddings token_embedding tokens_embed"
+).split()
+HEADS = (
+    "lm_head cls.predictions.decoder lm_head.decoder embed_out proj_out output "
+    "generator_lm_head vocab_projector mlm_head.decoder"
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of weights: its name, its tensors in file order, its own metadata."""
+
+    name: str
+    leaves: Mapping[str, Leaf]
+    metadata: Mapping[str, str]
+    digest: str  # of its header
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model as its headers and config.json describe it; no weight has been read."""
+
+    bundle: Bundle
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, Leaf]
+    config: Mapping[str, Any]
+    index: str | None = None  # the index file's name, where the base is sharded
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.bundle.name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.tensors.values())
+
+    @property
+    def is_conv1d(self) -> bool:
+        return self.config.get("model_type") in CONV1D_TYPES
+
+    @property
+    def id(self) -> str | None:
+        """The Hub id, where the path (a cache folder) or the config tells it."""
+        found = re.search(r"models--([\w.-]{1,96})--([\w.-]{1,96})(?:/|$)", str(self.bundle.path))
+        if found:
+            return f"{found[1]}/{found[2]}"
+        said = self.config.get("_name_or_path")
+        return said if is_hub_id(said) else None
+
+    @property
+    def quantised(self) -> str | None:
+        """The quantisation method that config.json names."""
+        said = self.config.get("quantization_config")
+        if isinstance(said, Mapping):
+            return str(said.get("quant_method", "an unnamed method"))
+        return None
+
+    def tied(self) -> tuple[str, str] | None:
+        """(head, embedding) weight names where both are one tensor."""
+        embedding = embedding_name(self.tensors)
+        if embedding is None:
+            return None
+        stored = [n for n in self.tensors if n.removesuffix(".weight") in HEADS]
+        said = text_config(self.config).get("tie_word_embeddings")
+        if said is None:
+            said = self.config.get("tie_word_embeddings", not stored)
+        if not said:
+            return None
+        return (stored[0] if stored else self._head_name()), embedding
+
+    def _head_name(self) -> str:
+        kind = str(self.config.get("model_type", ""))
+        if kind in ("bert", "electra", "distilbert"):
+            return "cls.predictions.decoder.weight"
+        if kind in ("roberta", "xlm-roberta", "camembert"):
+            return "lm_head.decoder.weight"
+        if kind == "whisper":
+            return "proj_out.weight"
+        return "embed_out.weight" if kind == "gpt_neox" else "lm_head.weight"
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that speaks of the language model (models of several components)."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def embedding_name(tensors: Mapping[str, Leaf]) -> str | None:
+    """The weight name of the input embedding, the shortest where several could be it."""
+    found = [
+        n
+        for n, leaf in tensors.items()
+        if n.endswith(".weight") and n.split(".")[-2] in EMBEDDINGS and len(leaf.shape) == 2
+    ]
+    return min(found, key=lambda n: (n.count("."), n), default=None)
+
+
+def is_hub_id(text: object) -> bool:
+    """Whether a text has the form of a Hub id (`org/name`)."""
+    return isinstance(text, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", text) is not None
+
+
+def headers(source: str | Path | Bundle) -> Base:
+    """A base from headers alone: a Hugging Face folder, one safetensors file, torch shards.
+
+    Raises NotFoundError, MalformedError (an index with paths, a shard cut short, a name twice);
+    what the index promises and no shard holds is among `problems`.
+    """
+    bundle = source if isinstance(source, Bundle) else local(source)
+    config: Mapping[str, Any] = {}
+    if "config.json" in bundle:
+        config = loads(bundle.read("config.json", 1_000_000), f"{bundle.name}/config.json")
+        if not isinstance(config, Mapping):
+            raise error("malformed", f"{bundle.name}/config.json is no object")
+    if bundle.chosen is not None and not bundle.chosen.endswith(".index.json"):
+        return _assembled(bundle, [bundle.chosen], config, None, None)
+    index = bundle.chosen or next((i for i in INDEXES if i in bundle), None)
+    single = next((s for s in SINGLE if s in bundle), None)
+    if single is not None and (index is None or index.startswith("pytorch")):
+        return _assembled(bundle, [single], config, None, None)
+    if index is not None:
+        mapping = _weight_map(bundle, index)
+        return _assembled(bundle, sorted(set(mapping.values())), config, index, mapping)
+    files = [n for n in bundle.names if n.endswith(".safetensors")]
+    if len(files) == 1:
+        return _assembled(bundle, files, config, None, None)
+    found = f"{len(files)} safetensors files and no index" if files else "no weights"
+    raise error("not_found", f"{shown(bundle.name)}: {found}; expected {', '.join(SINGLE)}")
+
+
+def _weight_map(bundle: Bundle, index: str) -> dict[str, str]:
+    what = f"{bundle.name}/{index}"
+    table = loads(bundle.read(index, INDEX_LIMIT), what, limit=INDEX_LIMIT)
+    mapping = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(mapping, dict) or not mapping:
+        raise error("malformed", f"{shown(what)} has no weight_map")
+    for shard in set(map(str, mapping.values())):
+        plain = shard not in ("", ".", "..") and not any(c in shard for c in "/\\:\0")
+        if not plain:
+            raise error(
+                "hostile", f"{shown(what)} names a shard outside the folder: {shown(shard)}"
+            )
+        if shard not in bundle:
+            raise error(
+                "base_incomplete", f"{shown(what)} names {shown(shard)}, which is not there"
+            )
+    if not all(isinstance(v, str) for v in mapping.values()):
+        raise error("malformed", f"{shown(what)}: weight_map must map names to file names")
+    return mapping
+
+
+def _assembled(
+    bundle: Bundle,
+    names: list[str],
+    config: Mapping[str, Any],
+    index: str | None,
+    mapping: Mapping[str, str] | None,
+) -> Base:
+    shards = [_shard(bundle, name) for name in names]
+    tensors: dict[str, Leaf] = {}
+    for shard in shards:
+        for name, leaf in shard.leaves.items():
+            if name in tensors:
+                raise error(
+                    "duplicate",
+                    f"{shown(name)} stands in two shards, {shard.name} among them; remove the "
+                    "shard that the index does not name",
+                )
+            tensors[name] = leaf
+    problems = []
+    if mapping is not None:
+        where = {n: s.name for s in shards for n in s.leaves}
+        lost = [n for n, shard in mapping.items() if where.get(n) != shard]
+        extra = [n for n in tensors if n not in mapping]
+        if extra:
+            raise error(
+                "malformed",
+                f"{shown(bundle.name)}: {shown(extra[0])} and {len(extra) - 1} more tensors stand "
+                f"in shards and not in {index}: shards of two runs are mixed",
+            )
+        if lost:
+            message = f"{index} lists {shown(lost[0])} in {mapping[lost[0]]}, which lacks it"
+            more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+            problems.append(Problem("base_incomplete", message + more))
+    return Base(bundle, tuple(shards), tensors, config, index, tuple(problems))
+
+
+def _shard(bundle: Bundle, name: str) -> Shard:
+    source = bundle.open(name)
+    if name.endswith(".safetensors"):
+        header = safetensors.read_header(source)
+        return Shard(name, header.leaves, header.metadata, header.digest)
+    if name.endswith((".bin", ".pt", ".pth")):
+        file = torch_zip.state_dict(source)
+        return Shard(name, dict(file.tensors), {}, "")
+    raise error("not_weights", f"{shown(source.name)} is neither safetensors nor a torch file")

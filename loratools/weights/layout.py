@@ -1,0 +1,123 @@
+"""Where every byte of an output model goes, planned from headers: shards, headers, runs to copy."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from loratools.adapter import DTYPE_BITS, FLOATS, Leaf
+from loratools.containers import safetensors
+from loratools.weights.base import Base
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of an output shard: its place, and the base tensor that it comes from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    base: Leaf | None
+
+    @property
+    def nbytes(self) -> int:
+        n = 1
+        for extent in self.shape:
+            n *= extent
+        return (n * DTYPE_BITS[self.dtype] + 7) // 8
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """One file to write: its header and its tensors in file order."""
+
+    name: str
+    header: bytes
+    size: int
+    pieces: tuple[Piece, ...]
+
+
+def plan_shards(
+    base: Base,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    new: Mapping[str, Leaf | None] | None = None,
+    dtype: str | None = None,
+    rename: Callable[[str], str] = lambda name: name,
+) -> tuple[OutputShard, ...]:
+    """The output's files in the base's own layout: same shards, same order, same metadata.
+
+    `shapes` are the output shapes of weights that change; `new` are weights the base does not
+    store (with the leaf they start from, if any), which go to the end of the last shard. `dtype`
+    is given to every floating tensor; None keeps each tensor's own.
+    """
+    added = dict(new or {})
+    common = common_dtype(base)
+    shards = []
+    for number, shard in enumerate(base.shards):
+        rows: list[tuple[str, str, tuple[int, ...]]] = []
+        origin: dict[str, Leaf | None] = {}
+        for name, leaf in shard.leaves.items():
+            kept = dtype if dtype and leaf.dtype in FLOATS else leaf.dtype
+            rows.append((rename(name), kept, shapes.get(name, leaf.shape)))
+            origin[rename(name)] = leaf
+        if number == len(base.shards) - 1:
+            for name, leaf_or_none in added.items():
+                kept = dtype or (leaf_or_none.dtype if leaf_or_none else common)
+                rows.append((name, kept, shapes[name]))
+                origin[name] = leaf_or_none
+        if dtype or added or not all(r[2] == o.shape for r in rows if (o := origin[r[0]])):
+            rows = safetensors.aligned(rows)
+        metadata = {"format": "pt", **shard.metadata}
+        header, offsets = safetensors.plan_layout(rows, metadata)
+        pieces = tuple(Piece(n, d, s, offsets[n], origin[n]) for n, d, s in rows)
+        size = max((p.offset + p.nbytes for p in pieces), default=len(header))
+        shards.append(OutputShard(output_name(shard.name), header, size, pieces))
+    return tuple(shards)
+
+
+def common_dtype(base: Base) -> str:
+    """The floating dtype that most of the base's bytes have."""
+    sizes: dict[str, int] = {}
+    for leaf in base.tensors.values():
+        if leaf.dtype in FLOATS:
+            sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + leaf.nbytes
+    return max(sizes, key=lambda d: sizes[d], default="F32")
+
+
+def output_name(name: str) -> str:
+    """The file name of an output shard: torch shards become safetensors of the same number."""
+    if name.endswith(".safetensors"):
+        return name
+    stem = re.sub(r"\.(bin|pt|pth)$", "", name)
+    return stem.replace("pytorch_model", "model") + ".safetensors"
+
+
+def index_json(shards: Iterable[OutputShard]) -> bytes:
+    """model.safetensors.index.json for the output's shards."""
+    where = {p.name: s.name for s in shards for p in s.pieces}
+    total = sum(p.nbytes for s in shards for p in s.pieces)
+    table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    return (json.dumps(table, indent=2) + "\n").encode()
+
+
+def runs(
+    pieces: Iterable[Piece], untouched: Callable[[Piece], bool]
+) -> list[tuple[Leaf, int, int]]:
+    """Untouched tensors as (first leaf, output offset, length), neighbours joined into one copy."""
+    found: list[tuple[Leaf, int, int]] = []
+    for piece in pieces:
+        if not untouched(piece) or piece.base is None or not piece.nbytes:
+            continue
+        leaf = piece.base
+        if found:
+            first, offset, length = found[-1]
+            follows = first.offset + length == leaf.offset and offset + length == piece.offset
+            if follows and first.source is leaf.source:
+                found[-1] = (first, offset, length + piece.nbytes)
+                continue
+        found.append((leaf, piece.offset, piece.nbytes))
+    return found
