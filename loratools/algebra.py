@@ -8,7 +8,7 @@ narrowed is decided by `loratools.folding`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, assert_never
 
 import torch
@@ -99,9 +99,9 @@ def prepare(delta: Kind, tiles: Tiles) -> Kind:
         case Replace(value=value, rows=rows, then=then):
             wide = matrix(widen(value))
             inner = tiles if rows is not None else lambda: [(0, wide)]
-            return Replace(held(wide), rows, _inner(then, lambda d: prepare(d, inner)))
+            return Replace(held(wide), rows, within(then, lambda d: prepare(d, inner)))
         case Renormed():
-            ready = _additive(prepare(delta.delta, tiles))
+            ready = additive(prepare(delta.delta, tiles))
             norm = None
             if delta.axis == "in":
                 parts = (_plus(ready, w0, at).square().sum(dim=0) for at, w0 in tiles())
@@ -217,7 +217,7 @@ def materialise(delta: Kind, w0: Tensor | None = None) -> Tensor:
             assert_never(delta)
 
 
-# ------------------------------------------------------------------------------- rewriting
+# ------------------------------------------------------------------------------- sums
 
 
 def scaled(delta: Additive, weight: float) -> Additive:
@@ -252,55 +252,10 @@ def add(deltas: Sequence[Additive]) -> Additive:
     return Dense(held(total))
 
 
-def transpose(delta: Kind) -> Kind:
-    """The delta of the transposed matrix (2-D only)."""
-    match delta:
-        case LowRank(a=a, b=b):
-            _flat(a, b)
-            new_a, new_b = a.tensor().T.contiguous(), b.tensor().T.contiguous()
-            return replace(delta, a=held(new_b, b.name), b=held(new_a, a.name))
-        case Dense(diff=diff):
-            _flat(diff)
-            return replace(delta, diff=held(diff.tensor().T.contiguous(), diff.name))
-        case Renormed(delta=inner, axis=axis):
-            turned = _additive(transpose(inner))
-            return replace(delta, delta=turned, axis="in" if axis == "out" else "out", norm=None)
-        case Replace(value=value, rows=None, then=then):
-            _flat(value)
-            new = held(value.tensor().T.contiguous(), value.name)
-            return replace(delta, value=new, then=_inner(then, transpose))
-        case Replace():
-            raise error("usage", "rows of a stored tensor have no transposed form")
-        case _:
-            assert_never(delta)
-
-
-def as_stored(delta: Kind) -> Kind:
-    """The delta for a weight stored (in, out); full tensors are on disk as stored already."""
-    match delta:
-        case LowRank() | Renormed():
-            return transpose(delta)
-        case Replace(then=then):
-            return replace(delta, then=_inner(then, transpose))
-        case Dense():
-            return delta
-        case _:
-            assert_never(delta)
-
-
-def rows(delta: Kind, start: int, stop: int) -> Kind:
-    """The delta of rows start:stop of `out`, as in taking q out of a fused qkv."""
-    return _on_rows(delta, lambda t: t[start:stop])
-
-
-def permute(delta: Kind, order: Sequence[int]) -> Kind:
-    """The delta whose row i is row order[i] of this one."""
-    return _on_rows(delta, lambda t: t[torch.as_tensor(order)])
-
-
-def _inner(
+def within(
     then: LowRank | Renormed | None, change: Callable[[Kind], Kind]
 ) -> LowRank | Renormed | None:
+    """What is applied on top of a replaced weight, changed."""
     if then is None:
         return None
     changed = change(then)
@@ -308,164 +263,7 @@ def _inner(
     return changed
 
 
-def _on_rows(delta: Kind, pick: Callable[[Tensor], Tensor]) -> Kind:
-    def picked(leaf: Leaf) -> Leaf:
-        return held(pick(leaf.tensor()).contiguous(), leaf.name)
-
-    match delta:
-        case LowRank():
-            return replace(delta, b=picked(delta.b))
-        case Dense():
-            return replace(delta, diff=picked(delta.diff))
-        case Renormed(axis="out", delta=inner):
-            part = _additive(_on_rows(inner, pick))
-            m = pick(delta.magnitude.tensor().reshape(-1)).contiguous()
-            return replace(delta, delta=part, magnitude=held(m, delta.magnitude.name))
-        case Renormed():
-            raise error("usage", "a column norm runs over all rows: it has no rows of its own")
-        case Replace(rows=None, then=then):
-            inner_rows = _inner(then, lambda d: _on_rows(d, pick))
-            return replace(delta, value=picked(delta.value), then=inner_rows)
-        case Replace():
-            raise error("usage", "rows of rows: replace by rows names stored rows already")
-        case _:
-            assert_never(delta)
-
-
-def stack(deltas: Sequence[Kind]) -> Kind:
-    """One delta over the stacked rows of all, as in fusing q, k, v: B block-diagonal, A stacked."""
-    first = deltas[0]
-    match first:
-        case LowRank():
-            low = [d for d in deltas if isinstance(d, LowRank)]
-            if len(low) == len(deltas):
-                pairs = [factors(d) for d in low]
-                b: Tensor = torch.block_diag(*[b for b, _ in pairs])  # type: ignore[no-untyped-call]
-                a = torch.cat([a for _, a in pairs])
-                return LowRank(held(a.reshape(len(a), *first.a.shape[1:])), held(b), 1.0)
-        case Dense():
-            dense = [d for d in deltas if isinstance(d, Dense)]
-            if len(dense) == len(deltas):
-                return Dense(held(torch.cat([widen(d.diff) * d.scaling for d in dense])))
-        case Renormed(axis="out"):
-            normed = [d for d in deltas if isinstance(d, Renormed) and d.axis == "out"]
-            if len(normed) == len(deltas):
-                inner = _additive(stack([d.delta for d in normed]))
-                m = torch.cat([widen(d.magnitude).reshape(-1) for d in normed])
-                return Renormed(inner, held(m))
-        case Replace(rows=None, then=None):
-            whole = [d for d in deltas if isinstance(d, Replace) and not (d.rows or d.then)]
-            if len(whole) == len(deltas):
-                return Replace(held(torch.cat([d.value.tensor() for d in whole])))
-        case Renormed() | Replace():
-            pass
-        case _:
-            assert_never(first)
-    names = ", ".join(type(d).__name__ for d in deltas)
-    raise error("usage", f"these deltas have no common stacked form: {names}")
-
-
-def _additive(delta: Kind) -> Additive:
+def additive(delta: Kind) -> Additive:
+    """An inner delta, known to be additive."""
     assert isinstance(delta, Additive)
     return delta
-
-
-def _flat(*leaves: Leaf) -> None:
-    for leaf in leaves:
-        if len(leaf.shape) != 2:
-            raise error("usage", f"{leaf.name} is {leaf.shape}: only matrices can be transposed")
-
-
-# ------------------------------------------------------------------------------- low rank
-
-
-@dataclass(frozen=True, slots=True)
-class Truncated:
-    """A low-rank delta, with the squared norms of what was cut away and of the whole."""
-
-    delta: LowRank
-    residual: float
-    total: float
-
-
-def norm_squared(delta: LowRank) -> float:
-    """‖ΔW‖², from the factors alone (absolute accuracy of float64 on ‖B‖²‖A‖²)."""
-    b, a = factors(delta)
-    return float(((b.T @ b) * (a @ a.T)).sum())
-
-
-def singular_values(delta: LowRank) -> Tensor:
-    """The singular values of ΔW, largest first, at most `rank` of them."""
-    return _svd(delta)[1]
-
-
-def _svd(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, R), S (R), Vᵀ (R, in * kernel) of ΔW, by QR of both factors and a core SVD.
-
-    ΔW = B·A = Q_B R_B (Q_A R_A)ᵀ, and R_B R_Aᵀ is at most R × R. All in float64 from the start:
-    a float64 core behind float32 QRs would keep their error.
-    """
-    b, a = factors(delta)
-    for name, tensor in ((delta.b.name, b), (delta.a.name, a)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise error("nonfinite", f"{name or 'a factor'} holds NaN or infinite values")
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    u, vt = q_b @ u, vt @ q_a.T
-    # The sign of a singular pair is free: fix it, so that equal inputs give equal bytes.
-    peak = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
-    peak[peak == 0] = 1
-    return u * peak, s, vt * peak.T
-
-
-def kept_rank(s: Tensor, *, rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep: at most `rank`, at least the share `energy` of Σσ²."""
-    if not len(s) or float(s[0]) == 0:
-        return min(1, len(s))
-    keep = int((s > s[0] * len(s) * torch.finfo(torch.float64).eps).sum())
-    if energy is not None:
-        share = s.square().cumsum(0) / s.square().sum()
-        keep = min(keep, int((share < energy - 1e-15).sum()) + 1)
-    return max(1, keep if rank is None else min(rank, keep))
-
-
-def truncate(delta: LowRank, *, rank: int | None = None, energy: float | None = None) -> Truncated:
-    """The best approximation of rank ≤ `rank`, or of `energy` (Eckart–Young), split √S·√S."""
-    return _cut(*_svd(delta), delta.a.shape[1:], rank=rank, energy=energy)
-
-
-def _cut(
-    u: Tensor,
-    s: Tensor,
-    vt: Tensor,
-    inner: tuple[int, ...],
-    *,
-    rank: int | None,
-    energy: float | None,
-) -> Truncated:
-    k = kept_rank(s, rank=rank, energy=energy)
-    root = s[:k].sqrt()
-    a = (root[:, None] * vt[:k]).reshape(k, *inner)
-    b = (u[:, :k] * root).reshape(len(u), k, *[1 for _ in inner[1:]])
-    residual, total = float(s[k:].square().sum()), float(s.square().sum())
-    return Truncated(LowRank(held(a), held(b), 1.0), residual, total)
-
-
-def to_low_rank(
-    delta: Kind,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    w0: Tensor | None = None,
-) -> Truncated:
-    """Any foldable delta as a low-rank one: itself, or the best of its task vector."""
-    if isinstance(delta, LowRank) and rank is None and energy is None:
-        return Truncated(delta, 0.0, norm_squared(delta))
-    if isinstance(delta, LowRank):
-        return truncate(delta, rank=rank, energy=energy)
-    dense = materialise(delta, w0)
-    if dense.ndim < 2:
-        raise error("usage", "a vector has no low-rank form")
-    u, sigma, vt = torch.linalg.svd(matrix(dense), full_matrices=False)
-    return _cut(u, sigma, vt, tuple(dense.shape[1:]), rank=rank, energy=energy)

@@ -4,64 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
 
-from loratools.adapter import FLOATS, Adapter, Dense, Kind, Leaf, LowRank, Place, Renormed, Replace
+from loratools.adapter import FLOATS, Adapter, Kind, Leaf, LowRank, Place, Renormed, Replace
 from loratools.errors import Problem, shown
 from loratools.names.prefixes import Prefix, find_prefixes, nearest
+from loratools.plan import Plan, Target, Term, Ties, module_shape, stored_shape
+from loratools.vocabulary import is_head, last, one_vocabulary, output_shape, settle_ties
 from loratools.weights.base import CONV1D_LAYERS, EMBEDDINGS, HEADS, Base, is_hub_id
-
-Ties = Literal["tied", "untied"]
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One delta at its place, with the weight it is folded with."""
-
-    adapter: int
-    key: str
-    delta: Kind
-    place: Place
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One weight of the output: where its values come from and what is applied to them."""
-
-    name: str
-    shape: tuple[int, ...]  # as stored, in the output
-    base: Leaf | None  # None: the base has no such weight (a task head)
-    terms: tuple[Term, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a fold would do, tensor by tensor; `problems` tells whether it may be done."""
-
-    base: Base
-    adapters: tuple[Adapter, ...]
-    targets: Mapping[str, Target]
-    problems: tuple[Problem, ...]
-    matched: tuple[int, ...]  # deltas that found their weight, by adapter
-    total: tuple[int, ...]
-    prefixes: tuple[Prefix, ...]
-    untied: bool = False  # head and embedding are written as two tensors
-
-    @property
-    def new(self) -> tuple[str, ...]:
-        """Names of the weights that the base does not store."""
-        return tuple(n for n in self.targets if n not in self.base.tensors)
-
-    @property
-    def resized(self) -> dict[str, int]:
-        """Rows of the weights whose first extent changes: a grown or cut vocabulary."""
-        return {
-            n: t.shape[0]
-            for n, t in self.targets.items()
-            if t.base is not None and t.shape != t.base.shape
-        }
 
 
 @dataclass(slots=True)
@@ -204,7 +154,7 @@ def _is_transposed(one: _Binding, key: str, target: str, leaf: Leaf) -> bool:
     delta, config = one.adapter.deltas[key], one.adapter.config
     if key in one.adapter.transposed:
         return True
-    shape = _module_shape(delta)
+    shape = module_shape(delta)
     if shape is None or len(shape) != 2 or len(leaf.shape) != 2:
         return False
     says = config.get("fan_in_fan_out") is True
@@ -225,41 +175,17 @@ def _is_transposed(one: _Binding, key: str, target: str, leaf: Leaf) -> bool:
     return leaf.shape == (shape[1], shape[0])
 
 
-def _module_shape(delta: Kind) -> tuple[int, ...] | None:
-    """(out, in, *kernel) of a delta given in its module's own orientation."""
-    match delta:
-        case LowRank(a=a, b=b):
-            return (b.shape[0], *a.shape[1:])
-        case Renormed(delta=inner):
-            return _module_shape(inner)
-        case Dense() | Replace():
-            return None
-
-
-def _stored_shape(delta: Kind, transposed: bool) -> tuple[int, ...]:
-    """The shape that a delta needs its stored weight to have (rows aside, for Replace by rows)."""
-    match delta:
-        case Dense(diff=diff):
-            return diff.shape
-        case Replace(value=value):
-            return value.shape
-        case LowRank() | Renormed():
-            shape = _module_shape(delta)
-            assert shape is not None
-            return shape[::-1] if transposed else shape
-
-
 def _shape_fits(
     one: _Binding, key: str, target: str, delta: Kind, leaf: Leaf, transposed: bool
 ) -> bool:
-    shape, stored = _stored_shape(delta, transposed), leaf.shape
+    shape, stored = stored_shape(delta, transposed), leaf.shape
     named = one.adapter.config.get("base_model_name_or_path")
     hint = f'; its config names "{shown(named)}"' if isinstance(named, str) and named else ""
     if isinstance(delta, Replace) and delta.rows is not None:
         if shape[1:] == stored[1:]:
             return True
     elif isinstance(delta, Replace):
-        is_vocabulary = _last(target) in {*EMBEDDINGS, *HEADS} or _is_head(target)
+        is_vocabulary = last(target) in {*EMBEDDINGS, *HEADS} or is_head(target)
         if shape == stored or (is_vocabulary and shape[1:] == stored[1:]):
             return True
     elif _without_ones(shape) == _without_ones(stored):
@@ -282,14 +208,6 @@ def _shape_fits(
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A 1x1 convolution and a linear layer hold the same matrix."""
     return shape[:2] if all(n == 1 for n in shape[2:]) else shape
-
-
-def _last(target: str) -> str:
-    return target.split(".")[-2] if "." in target else target
-
-
-def _is_head(target: str) -> bool:
-    return target.rpartition(".")[0] in HEADS
 
 
 def _new_head(one: _Binding, key: str, name: str) -> None:
@@ -356,135 +274,17 @@ def _targets(
     base: Base, merged: Mapping[str, list[Term]], ties: Ties | None, problems: list[Problem]
 ) -> tuple[dict[str, Target], bool]:
     merged = dict(merged)
-    untied = _settle_ties(base, merged, ties, problems)
+    untied = settle_ties(base, merged, ties, problems)
     tie = base.tied()
     targets = {}
     for name, terms in merged.items():
         leaf = base.tensors.get(name)
         if leaf is None and untied and tie and name == tie[0]:
             leaf = base.tensors[tie[1]]
-        shape = _output_shape(name, leaf, terms, problems)
+        shape = output_shape(name, leaf, terms, problems)
         targets[name] = Target(name, shape, leaf, tuple(terms))
     if untied and tie and tie[0] not in targets and tie[0] not in base.tensors:
         leaf = base.tensors[tie[1]]
         targets[tie[0]] = Target(tie[0], leaf.shape, leaf, ())
-    _one_vocabulary(targets, base, problems)
+    one_vocabulary(targets, base, problems)
     return targets, untied
-
-
-def _output_shape(
-    name: str, leaf: Leaf | None, terms: Sequence[Term], problems: list[Problem]
-) -> tuple[int, ...]:
-    """The stored shape in the output: the base's, or that of what replaces it."""
-    whole = [t for t in terms if isinstance(t.delta, Replace) and t.delta.rows is None]
-    shapes = {_stored_shape(t.delta, False) for t in whole}
-    if leaf is None and len(shapes) > 1:
-        listed = " and ".join(str(s) for s in sorted(shapes))
-        problems.append(
-            Problem(
-                "head_conflict", f"{shown(name)} is {listed} in different adapters", target=name
-            )
-        )
-    if leaf is None:
-        return min(shapes)
-    if not whole:
-        rows = [max(t.delta.rows) for t in terms if isinstance(t.delta, Replace) and t.delta.rows]
-        if rows and max(rows) >= leaf.shape[0]:
-            message = f"{shown(name)}: token {max(rows)} is trained, the base has {leaf.shape[0]}"
-            problems.append(Problem("vocabulary", message, target=name))
-        return leaf.shape
-    shape = max(shapes)
-    if len(shapes) > 1:
-        listed = " and ".join(str(s) for s in sorted(shapes))
-        message = f"{shown(name)} is {listed} in different adapters"
-        problems.append(Problem("vocabulary", message, target=name))
-    elif shape[0] < leaf.shape[0] and (len(terms) > 1 or terms[0].weight != 1):
-        problems.append(
-            Problem(
-                "vocabulary",
-                f"{shown(name)}: {shape[0]} rows replace {leaf.shape[0]}, which only one adapter "
-                "of weight 1 can do",
-                target=name,
-            )
-        )
-    return shape
-
-
-def _settle_ties(
-    base: Base, merged: dict[str, list[Term]], ties: Ties | None, problems: list[Problem]
-) -> bool:
-    """Embedding and head in one tensor: move the head's deltas, write both, or say what to ask."""
-    tie = base.tied()
-    if tie is None or not (tie[0] in merged or tie[1] in merged):
-        return False
-    head, embedding = tie
-    by_head, by_embedding = merged.get(head, []), merged.get(embedding, [])
-    if not by_head and all(isinstance(t.delta, Replace) and t.delta.rows for t in by_embedding):
-        return False  # trained token rows: PEFT trains and serves them for both
-    if ties == "untied":
-        return True
-    if ties is None and not _agree(by_head, by_embedding):
-        touched = " and ".join(n for n in (head, embedding) if n in merged)
-        problems.append(
-            Problem(
-                "tied",
-                f"{shown(head)} and {shown(embedding)} are one tensor in the base, and the "
-                f"adapters change {shown(touched)}",
-                target=touched,
-            )
-        )
-    if by_head and _agree(by_head, by_embedding):
-        merged.pop(head)
-    elif by_head:
-        moved = [replace(t, place=replace(t.place, target=embedding)) for t in merged.pop(head)]
-        merged[embedding] = [*by_embedding, *moved]
-    if head in base.tensors and embedding in merged:
-        merged[head] = [replace(t, place=replace(t.place, target=head)) for t in merged[embedding]]
-    return False
-
-
-def _agree(first: Sequence[Term], second: Sequence[Term]) -> bool:
-    """Whether both sides are replaced by the same numbers."""
-    if not first or len(first) != len(second):
-        return False
-    for a, b in zip(first, second, strict=True):
-        if not (isinstance(a.delta, Replace) and isinstance(b.delta, Replace)):
-            return False
-        x, y = a.delta, b.delta
-        if x.then or y.then or x.rows != y.rows or x.value.shape != y.value.shape:
-            return False
-        if x.value.dtype != y.value.dtype or x.value.read() != y.value.read():
-            return False
-    return True
-
-
-def _one_vocabulary(targets: Mapping[str, Target], base: Base, problems: list[Problem]) -> None:
-    """A resized embedding needs its head resized alike, where the head is a tensor of its own."""
-    rows = {
-        n: t.shape[0]
-        for n, t in targets.items()
-        if t.base is not None and t.shape[:1] != t.base.shape[:1]
-    }
-    vocabulary = {n for n in base.tensors if _last(n) in EMBEDDINGS or _is_head(n)}
-    heads = {n for n in vocabulary if _is_head(n) or _last(n) in EMBEDDINGS}
-    for name, count in rows.items():
-        others = {
-            n: (targets[n].shape[0] if n in targets else base.tensors[n].shape[0])
-            for n in heads
-            if n.endswith(".weight") and base.tensors[n].shape[0] == base.tensors.get(
-                name, base.tensors[n]).shape[0]
-        }  # fmt: skip
-        unlike = {n: c for n, c in others.items() if c != count}
-        if unlike:
-            other, size = next(iter(unlike.items()))
-            message = f"{shown(name)} would have {count} rows and {shown(other)} {size}"
-            problems.append(Problem("vocabulary", message, target=name))
-            return
-        problems.append(
-            Problem(
-                "vocabulary",
-                f"{shown(name)} changes to {count} rows; config.json follows",
-                "note",
-                target=name,
-            )
-        )

@@ -304,7 +304,7 @@ CODES: dict[str, Code] = {
         5,
         "The adapter was trained on a changed base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).",
         "init_lora_weights=pissa: folding onto the plain base is wrong",
-        "convert it with PEFT (path_initial_model_for_weight_conversion), or fold onto its residual",
+        "convert it with PEFT (path_initial_model_for_weight_conversion) or use its residual",
     ),
     "large_update": Code(
         5,

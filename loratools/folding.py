@@ -15,20 +15,12 @@ import torch
 from torch import Tensor
 
 from loratools.adapter import TORCH_NAMES, Kind, Leaf, LowRank
-from loratools.algebra import (
-    as_stored,
-    combine,
-    condense,
-    grown,
-    held,
-    map_leaves,
-    matrix,
-    prepare,
-    truncate,
-)
-from loratools.bind import Plan, Target
+from loratools.algebra import combine, condense, grown, held, map_leaves, matrix, prepare
 from loratools.errors import error, shown
 from loratools.narrowing import narrow
+from loratools.plan import Plan, Target
+from loratools.rewriting import as_stored
+from loratools.truncating import truncate
 
 TILE = (
     1 << 16

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loratools import formats
 from loratools.adapter import TORCH_NAMES, Adapter, Leaf
-from loratools.bind import Plan, Ties, bind
+from loratools.bind import bind
 from loratools.commands import merge as merging
 from loratools.commands.check import FOLD_ONLY
 from loratools.commands.judging import judge
 from loratools.containers.bundle import Bundle
 from loratools.errors import error, refusal
 from loratools.formats import peft
+from loratools.plan import Plan, Ties
 from loratools.weights.base import Base, Shard
 
 if TYPE_CHECKING:

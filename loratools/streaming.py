@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from loratools.adapter import DTYPE_BITS, Leaf, Source
-from loratools.bind import Target
 from loratools.containers.local import LocalFile
 from loratools.errors import error, shown
 from loratools.folding import Cut, Desk, Tally, fold_target, leaf_rows, one_thread, torch_dtype
 from loratools.narrowing import narrow
+from loratools.plan import Target
 from loratools.weights import disk
 from loratools.weights.layout import OutputShard, Piece, runs
 from loratools.weights.publishing import Output

@@ -45,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
     | {"formats", "recipe", "exporting", "proving", "comparing", "report", "hub", "cluster"},
     "cli": {"_version", "errors", "commands"},
     "memory": MAKING | {"formats", "commands"},
-    "__init__": set(),  # public names are resolved lazily; see `lazy` below
+    "__init__": set(),  # takes its public names from anywhere, lazily
 }
 
 # Who may import what from outside: nobody else, not even inside a function.

@@ -9,10 +9,11 @@ from typing import Any
 
 from loratools import formats
 from loratools.adapter import Adapter
-from loratools.bind import Plan, Ties, bind
+from loratools.bind import bind
 from loratools.commands.inspect import as_json
 from loratools.commands.judging import Choice, assumptions, judge
 from loratools.errors import Problem
+from loratools.plan import Plan, Ties
 from loratools.weights.base import Base, headers
 
 # Problems that only a fold has.

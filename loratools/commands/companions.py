@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter import TORCH_NAMES, Adapter
-from loratools.bind import Plan
 from loratools.containers.bundle import folders
 from loratools.errors import error, shown
+from loratools.plan import Plan
 from loratools.weights.base import HEADS, text_config
 
 TOKENIZER = (

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from loratools import receipt
-from loratools.bind import Plan
 from loratools.commands.companions import Companions, plan_companions
 from loratools.commands.inspect import as_json, pair
 from loratools.commands.judging import judge
@@ -16,6 +15,7 @@ from loratools.commands.merge import MergeResult, Progress, human
 from loratools.commands.numbers import KEPT, pooled, sampled
 from loratools.errors import Problem
 from loratools.folding import Cut, Tally, choose_device
+from loratools.plan import Plan
 from loratools.streaming import stream
 from loratools.weights.layout import OutputShard, index_json, plan_shards
 from loratools.weights.publishing import publish

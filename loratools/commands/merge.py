@@ -112,8 +112,8 @@ def merge(
         raise error(
             "usage",
             f"one adapter alone changes nothing; did you mean\n"
-            f"  loratools merge {paths[0]} --base BASE -o {out}     (fold it into a model)\n"
-            f"  loratools convert {paths[0]} --rank N -o {out}      (reduce its rank)",
+            f"  loratools merge {paths[0]} --base BASE -o {out or 'OUT'}     (fold it into a model)\n"
+            f"  loratools convert {paths[0]} --rank N -o {out or 'OUT'}      (reduce its rank)",
         )
     kind = dtype_name(dtype)
     loaded = load_all(paths, assume)
@@ -330,6 +330,7 @@ def save_merged(
     verb: str = "merge",
 ) -> MergeResult:
     """Publish a merged adapter with its receipt, and say what was made."""
+    from loratools.weights.placing import WEIGHTS as SUFFIXES
     from loratools.weights.publishing import publish
 
     adapter = merged.adapter
@@ -340,7 +341,7 @@ def save_merged(
     what = "adapter" if count == 1 else "adapters"
     makes = f"{verb}: {count} {what} -> adapter, {span}, {human(nbytes)}"
     if out is not None:
-        if out.suffix:
+        if out.suffix.lower() in SUFFIXES:
             raise error(
                 "usage", f"-o {shown(out)}: a PEFT adapter is a folder; leave the suffix out"
             )

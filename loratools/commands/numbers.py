@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from loratools.adapter import Adapter, LowRank, leaves
-from loratools.bind import Plan
 from loratools.errors import Problem, shown
 from loratools.folding import Cut, Tally, fold_sample, torch_dtype
+from loratools.plan import Plan
 
 KEPT = 0.9  # below this share of the update a fold warns
 ALREADY = (0.8, 1.2)  # projections of W0 on ΔW between these look like an adapter folded before

@@ -18,6 +18,11 @@ class Dtype:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorType:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
 class StorageType:
     dtype: str  # as in DTYPE_BITS, or torch's name where that has none
 
@@ -108,12 +113,23 @@ def _tensor_v3(arguments: tuple[Any, ...]) -> Tensor:
 
 def _parameter(arguments: tuple[Any, ...]) -> Tensor:
     match arguments:
-        # A fourth argument are Python attributes, which no state dict has.
+        # A fourth argument are Python attributes, which no leaf can keep.
         case (Tensor() as tensor, bool(), hooks) | (Tensor() as tensor, bool(), hooks, _) if (
             not hooks
         ):
             return tensor
     raise ValueError("rebuilds a parameter from arguments that torch.save does not write")
+
+
+def _with_attributes(arguments: tuple[Any, ...]) -> Tensor:
+    # A tensor with Python attributes (the last argument), which no leaf can keep. Its own
+    # arguments begin with a storage: a call in a call could recurse without end.
+    match arguments:
+        case (Call() as rebuild, TensorType(), tuple((Storage(), *_) as inner), dict()):
+            tensor = rebuild.make(inner)
+            if isinstance(tensor, Tensor):
+                return tensor
+    raise ValueError("rebuilds a tensor of another class, or in an unknown way")
 
 
 def _ordered(arguments: tuple[Any, ...]) -> Ordered:
@@ -190,6 +206,8 @@ NAMES: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v3": Call(_tensor_v3),
     "torch._utils._rebuild_parameter": Call(_parameter),
     "torch._utils._rebuild_parameter_with_state": Call(_parameter),
+    "torch._tensor._rebuild_from_type_v2": Call(_with_attributes),
+    "torch.Tensor": TensorType(),
     "torch.storage.UntypedStorage": StorageType("U8"),
     **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in _STORAGES.items()},
     **{f"torch.{name}": Dtype(name) for name in (*_FROM_TORCH, *_UNUSABLE)},

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loratools.adapter import Dense, Kind, LowRank, Renormed, Replace
-from loratools.algebra import add, held, scaled, truncate, widen
+from loratools.algebra import add, held, scaled, widen
 from loratools.errors import error
+from loratools.truncating import truncate
 
 
 @dataclass(frozen=True, slots=True)

@@ -348,8 +348,8 @@ def _size(path: Path) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file below a folder; links are files."""
-    return [Path(top, name) for top, _, names in os.walk(folder) for name in names]
+    """Every file below a folder, in one order everywhere; links to files are files."""
+    return sorted(Path(top, name) for top, _, names in os.walk(folder) for name in names)
 
 
 def _trim(folder: Path, keep: Collection[str]) -> None:

@@ -1,0 +1,234 @@
+"""`convert`: each adapter to an adapter of its own, in another format or at another rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from loratools import receipt
+from loratools.adapter import Adapter, Kind, LowRank, Renormed, leaves
+from loratools.commands.check import fit, load_all
+from loratools.commands.inspect import as_json
+from loratools.commands.judging import Choice, judge
+from loratools.commands.merge import checked_method, dtype_name, merge_adapters, save_merged
+from loratools.errors import Problem, error, shown
+
+WRITES = ("peft",)
+# Formats of the field that have a name here and cannot be written yet, with their other names.
+LATER = (
+    "kohya lycoris diffusers gguf mlx torchtune litgpt adapterhub onnx_adapter "
+    "comfyui a1111 civitai olive"
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertResult:
+    """What became of one adapter, and everything that its output lacks."""
+
+    makes: str
+    source: str
+    output: Path
+    lost: tuple[str, ...]
+    targets: int
+    truncation_error: float | None
+    difference: float | None  # sqrt(Σ‖ΔW − ΔW'‖² / Σ‖ΔW‖²), ΔW' as written; None where not measured
+    seconds: float
+    nbytes: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output says, number for number, what the source says."""
+        return not self.lost
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that `--json` prints; its keys never change."""
+        return {
+            "makes": self.makes,
+            "source": self.source,
+            "output": str(self.output),
+            "lossless": self.lossless,
+            "lost": list(self.lost),
+            "targets": self.targets,
+            "truncation_error": self.truncation_error,
+            "difference": self.difference,
+            "seconds": round(self.seconds, 3),
+            "bytes": self.nbytes,
+            "problems": [as_json(p) for p in self.problems],
+            "notes": list(self.notes),
+        }
+
+
+def convert(
+    adapters: str | Path | Sequence[str | Path],
+    *,
+    to: str = "peft",
+    out: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    allow: Sequence[str] = (),
+    fail_on: Sequence[str] = (),
+    assume: Sequence[str] = (),
+    force: bool = False,
+    hash: str = "auto",
+) -> list[ConvertResult]:
+    """Write one adapter as `out`, or each of several into the folder `out` under its own name.
+
+    Without `rank`, `energy` and `dtype` every factor keeps its bytes. Every problem of every
+    adapter is raised before anything is written; each output appears whole or not at all.
+    """
+    if to not in WRITES:
+        known = "cannot be written yet" if to in LATER else "is no format"
+        raise error("usage", f"--to {shown(to)} {known}; this version writes {', '.join(WRITES)}")
+    _, rank = checked_method("linear", rank, energy)
+    kind = dtype_name(dtype)
+    paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    outputs = outputs_for(paths, Path(out))
+    loaded = load_all(paths, assume)
+    _, problems = fit(loaded, None, weights=None, only=only, skip=skip, ties=None)
+    choice = Choice(tuple(only), tuple(skip))
+    if rank is not None or energy is not None:
+        problems += [p for a in loaded for p in _bound_to_base(a, choice)]
+    from loratools.commands.numbers import adapter_numbers
+
+    judged = judge([*problems, *adapter_numbers(loaded)], allow, fail_on)
+    judged.require()
+    recipe = {
+        "to": to,
+        "method": "linear",
+        "rank": rank,
+        "energy": energy,
+        "dtype": kind,
+        "only": list(only),
+        "skip": list(skip),
+        "allow": list(allow),
+    }
+    results = []
+    for adapter, path, output in zip(loaded, paths, outputs, strict=True):
+        began = perf_counter()
+        found = [p for p in judged.problems if p.adapter in (None, adapter.name)]
+        waived = [p for p in judged.waived if p.adapter in (None, adapter.name)]
+        merged = merge_adapters(
+            [adapter], [1.0], rank=rank, energy=energy, dtype=kind, only=only, skip=skip
+        )
+        saved = save_merged(
+            merged,
+            {"adapters": [receipt.adapter_entry(adapter, 1.0)], **recipe},
+            found,
+            waived,
+            out=output,
+            inputs=[Path(p) for p in paths],
+            force=force,
+            hash=hash,
+            count=1,
+            verb="convert",
+        )
+        difference = difference_of(adapter, merged.adapter) if rank or energy or kind else None
+        results.append(
+            ConvertResult(
+                makes=saved.makes,
+                source=str(path),
+                output=output,
+                lost=tuple(_lost(adapter, merged.adapter, waived, difference)),
+                targets=saved.targets,
+                truncation_error=saved.truncation_error,
+                difference=difference,
+                seconds=perf_counter() - began,
+                nbytes=saved.nbytes,
+                problems=tuple(found),
+                notes=_left_beside(adapter),
+            )
+        )
+    return results
+
+
+def outputs_for(paths: Sequence[str | Path], out: Path) -> list[Path]:
+    """Where each adapter goes: `out` for one, `out/NAME` for several.
+
+    UsageError without any, and where two sources have one name.
+    """
+    if not paths:
+        raise error("usage", "convert needs an adapter")
+    if len(paths) == 1:
+        return [out]
+    named: dict[str, str | Path] = {}
+    for path in paths:
+        full = Path(os.path.abspath(path))
+        inside = full.is_file() and full.stem == "adapter_model"
+        name = full.parent.name if inside else full.stem if full.is_file() else full.name
+        if name in named:
+            raise error(
+                "usage",
+                f"{shown(named[name])} and {shown(path)} would both become {shown(out / name)}; "
+                "convert them one by one",
+            )
+        named[name] = path
+    return [out / name for name in named]
+
+
+def _bound_to_base(adapter: Adapter, choice: Choice) -> list[Problem]:
+    bound = [k for k, d in adapter.deltas.items() if isinstance(d, Renormed) and choice(k)]
+    if not bound:
+        return []
+    message = (
+        f"{len(bound)} targets are DoRA, {shown(bound[0])} first: their rank cannot be reduced "
+        "alone, since the magnitudes belong to W0 + BA"
+    )
+    remedy = "convert it without --rank and --energy, or --skip these targets"
+    return [Problem("needs_base", message, "error", adapter.name, bound[0], remedy)]
+
+
+def difference_of(old: Adapter, new: Adapter) -> float | None:
+    """sqrt(Σ‖ΔW − ΔW'‖² / Σ‖ΔW‖²) over the targets that both have; None where all are zero."""
+    pairs = [(old.deltas[k], d) for k, d in new.deltas.items() if k in old.deltas]
+    total = sum(_norm_squared(a) for a, _ in pairs)
+    return (sum(_distance_squared(a, b) for a, b in pairs) / total) ** 0.5 if total else None
+
+
+def _norm_squared(delta: Kind) -> float:
+    from loratools.algebra import widen
+    from loratools.truncating import singular_values
+
+    if isinstance(delta, LowRank):
+        return float(singular_values(delta).square().sum())
+    return sum(float(widen(leaf).square().sum()) for leaf in leaves(delta))
+
+
+def _distance_squared(old: Kind, new: Kind) -> float:
+    from loratools.algebra import add, scaled, widen
+
+    if old is new:
+        return 0.0
+    if isinstance(old, LowRank) and isinstance(new, LowRank):
+        return _norm_squared(add([old, scaled(new, -1.0)]))
+    pairs = zip(leaves(old), leaves(new), strict=True)
+    return sum(float((widen(a) - widen(b)).square().sum()) for a, b in pairs)
+
+
+def _lost(
+    old: Adapter, new: Adapter, waived: Sequence[Problem], difference: float | None
+) -> list[str]:
+    lost = [f"{p.code}: {p.message}" for p in waived]
+    left = len(old.deltas) - len(new.deltas)
+    if left:
+        lost.append(f"{left} of {len(old.deltas)} targets were left out")
+    if difference:
+        lost.append(f"the update differs by {difference:.2g} of its norm")
+    return lost
+
+
+def _left_beside(adapter: Adapter) -> tuple[str, ...]:
+    """Files that lie beside the adapter and are no part of it: cards, tokenizers, states."""
+    if adapter.folder is None:
+        return ()
+    here = sorted(p.name for p in adapter.folder.iterdir() if p.is_file())
+    names = [n for n in here if n not in adapter.files and n != receipt.NAME]
+    return (f"not copied: {', '.join(shown(n) for n in names)}",) if names else ()

@@ -1,0 +1,87 @@
+"""The plan of a fold: targets with their deltas, and all problems of fitting them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Place, Renormed, Replace
+from loratools.errors import Problem
+from loratools.names.prefixes import Prefix
+from loratools.weights.base import Base
+
+Ties = Literal["tied", "untied"]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One delta at its place, with the weight it is folded with."""
+
+    adapter: int
+    key: str
+    delta: Kind
+    place: Place
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One weight of the output: where its values come from and what is applied to them."""
+
+    name: str
+    shape: tuple[int, ...]  # as stored, in the output
+    base: Leaf | None  # None: the base has no such weight (a task head)
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a fold would do, tensor by tensor; `problems` tells whether it may be done."""
+
+    base: Base
+    adapters: tuple[Adapter, ...]
+    targets: Mapping[str, Target]
+    problems: tuple[Problem, ...]
+    matched: tuple[int, ...]  # deltas that found their weight, by adapter
+    total: tuple[int, ...]
+    prefixes: tuple[Prefix, ...]
+    untied: bool = False  # head and embedding are written as two tensors
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """Names of the weights that the base does not store."""
+        return tuple(n for n in self.targets if n not in self.base.tensors)
+
+    @property
+    def resized(self) -> dict[str, int]:
+        """Rows of the weights whose first extent changes: a grown or cut vocabulary."""
+        return {
+            n: t.shape[0]
+            for n, t in self.targets.items()
+            if t.base is not None and t.shape != t.base.shape
+        }
+
+
+def module_shape(delta: Kind) -> tuple[int, ...] | None:
+    """(out, in, *kernel) of a delta given in its module's own orientation."""
+    match delta:
+        case LowRank(a=a, b=b):
+            return (b.shape[0], *a.shape[1:])
+        case Renormed(delta=inner):
+            return module_shape(inner)
+        case Dense() | Replace():
+            return None
+
+
+def stored_shape(delta: Kind, transposed: bool) -> tuple[int, ...]:
+    """The shape that a delta needs its stored weight to have (rows aside, for Replace by rows)."""
+    match delta:
+        case Dense(diff=diff):
+            return diff.shape
+        case Replace(value=value):
+            return value.shape
+        case LowRank() | Renormed():
+            shape = module_shape(delta)
+            assert shape is not None
+            return shape[::-1] if transposed else shape
