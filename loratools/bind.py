@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from loratools.adapter import FLOATS, Adapter, Kind, Leaf, LowRank, Place, Renormed, Replace
 from loratools.errors import Problem, shown
-from loratools.names.prefixes import Prefix, find_prefixes, nearest
+from loratools.names.prefixes import Prefix, find_prefix, nearest
 from loratools.plan import Plan, Target, Term, Ties, module_shape, stored_shape
 from loratools.vocabulary import is_head, last, one_vocabulary, output_shape, settle_ties
 from loratools.weights.base import CONV1D_LAYERS, EMBEDDINGS, HEADS, Base, is_hub_id
@@ -89,7 +89,7 @@ def _fit(one: _Binding, chosen: Callable[[str], bool]) -> None:
     tie = base.tied()
     there = set(base.tensors) | ({tie[0]} if tie else set())
     needed = [name for key, name in keys.items() if not _may_be_new(key, adapter)]
-    one.prefix = _prefix(needed or list(keys.values()), there)
+    one.prefix = find_prefix(needed or list(keys.values()), there)
     lost: dict[str, str] = {}
     for key, name in keys.items():
         target = one.prefix(name)
@@ -124,20 +124,13 @@ def _may_be_new(key: str, adapter: Adapter) -> bool:
     return whole and not any(piece.isdigit() for piece in key.split(".")[:-2])
 
 
-def _prefix(names: Sequence[str], there: set[str]) -> Prefix:
-    if not names or any(n in there for n in names):
-        return Prefix()
-    found = find_prefixes(names, there)
-    return found[0] if len(found) == 1 else Prefix()
-
-
 def _place(one: _Binding, key: str, target: str) -> None:
     """Put one delta where it belongs, if its shape allows."""
     delta = one.adapter.deltas[key]
-    tie = one.base.tied()
     leaf = one.base.tensors.get(target)
-    if leaf is None and tie:  # a tied head, stored as the embedding
-        leaf = one.base.tensors[tie[1]]
+    if leaf is None:  # a tied head, stored as the embedding
+        tie = one.base.tied()
+        leaf = one.base.tensors[tie[1]] if tie else None
     assert leaf is not None
     if leaf.dtype not in FLOATS:
         one.problem("quantised_base", f"{shown(target)} is stored as {leaf.dtype}", target)

@@ -46,8 +46,8 @@ class Tally:
 
     kept: float = 0.0  # <W - W0, ΔW>, W as written
     update: float = 0.0  # <ΔW, ΔW>
-    base: float = 0.0  # <W0, W0>
-    along: float = 0.0  # <W0, ΔW>
+    base: float = 0.0  # <W0, W0>, of a sample only
+    along: float = 0.0  # <W0, ΔW>, of a sample only
     elements: int = 0
     residual: float = 0.0  # squared norm of what a truncation cut away
     whole: float = 0.0  # squared norm of the update before it
@@ -139,8 +139,8 @@ def fold_target(
 ) -> Tally:
     """Fold one target: W0 comes from `rows` in tiles (None: the base has none), W goes to `emit`.
 
-    With `only_rows` just these rows are computed (a sample). Raises OverflowError's kin
-    `overflow` and `nonfinite` with the target's name.
+    With `only_rows` just these rows are computed (a sample). Raises `overflow` and
+    `nonfinite` with the target's name.
     """
     desk = desk or Desk(torch.device("cpu"))
     tally = Tally()
@@ -170,7 +170,7 @@ def fold_target(
         w0 = wide(start, stop)
         w = combine(terms, w0, start, desk.room("w", w0, torch.float64))
         out = narrow(w, dtype, desk.room("single", w, torch.float32))
-        _count(tally, w0, w, out, desk)
+        _count(tally, w0, w, out, desk, sample=only_rows is not None)
         if not _finite(tally):
             _explain(target, w0, out)
         emit(start, out.cpu())
@@ -208,21 +208,21 @@ def _cut(delta: Kind, cut: Cut, tally: Tally) -> Kind:
     return short.delta
 
 
-def _count(tally: Tally, w0: Tensor, w: Tensor, out: Tensor, desk: Desk) -> None:
+def _count(tally: Tally, w0: Tensor, w: Tensor, out: Tensor, desk: Desk, *, sample: bool) -> None:
     d = torch.sub(w, w0, out=desk.room("d", w, torch.float64)).view(-1)
-    before = w0.reshape(-1)
-    along = float(torch.dot(before, d))
-    written = w.copy_(out).reshape(-1)  # w itself is no longer needed
-    tally.kept += float(torch.dot(written, d)) - along
-    tally.along += along
+    changed = w.copy_(out).sub_(w0).view(-1)  # w itself is no longer needed
+    tally.kept += float(torch.dot(changed, d))
     tally.update += float(torch.dot(d, d))
-    tally.base += float(torch.dot(before, before))
     tally.elements += w.numel()
+    if sample:
+        before = w0.reshape(-1)
+        tally.base += float(torch.dot(before, before))
+        tally.along += float(torch.dot(before, d))
 
 
 def _finite(tally: Tally) -> bool:
-    # An infinite or NaN element makes one of the products NaN or infinite: no pass of its own.
-    return tally.kept - tally.kept == 0 and tally.base - tally.base == 0
+    # An infinite or NaN element makes the product NaN or infinite: no pass of its own.
+    return tally.kept - tally.kept == 0
 
 
 def _explain(target: Target, w0: Tensor, out: Tensor) -> None:

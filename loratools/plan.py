@@ -62,6 +62,12 @@ class Plan:
             if t.base is not None and t.shape != t.base.shape
         }
 
+    def output_name(self, name: str) -> str:
+        """The name of a weight in the output: beside a new head, as the task's class has it."""
+        removed = next((p.removed for p in self.prefixes if p.removed), "")
+        renames = removed and name in self.base.tensors and not self.untied and self.new
+        return removed + name if renames else name
+
 
 def module_shape(delta: Kind) -> tuple[int, ...] | None:
     """(out, in, *kernel) of a delta given in its module's own orientation."""

@@ -230,6 +230,8 @@ def _start(
         if last:
             run.synced.append(flusher.submit(finish))
 
+    if not one.left:  # asked now: the last task of a small shard may end before this loop does
+        run.synced.append(flusher.submit(finish))
     # The largest first: a long one at the end would leave the other threads idle.
     for piece in sorted(touched, key=lambda p: -p.nbytes):
         yield pool.submit(task, lambda piece=piece: _fold(run, one, piece))  # type: ignore[misc]
@@ -240,8 +242,6 @@ def _start(
             task,
             lambda leaf=leaf, to=to, at=at, length=length: _copy(run, one, leaf, to, at, length),  # type: ignore[misc]
         )
-    if not one.left:
-        run.synced.append(flusher.submit(finish))
 
 
 def _converts(piece: Piece) -> bool:

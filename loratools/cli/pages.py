@@ -29,8 +29,9 @@ def page(command: Any, path: str, columns: int) -> Iterator[str]:
     for title, entries in sections(command).items():
         yield ""
         yield strong(f"{title}:")
+        left = max(len(name) for name, _ in entries) if title == "Commands" else LEFT
         for name, text in entries:
-            yield from _entry(name, text, columns)
+            yield from _entry(name, text, left, columns)
     if command.epilog:
         yield ""
         yield strong("Examples:")
@@ -41,23 +42,22 @@ def usage(command: Any, path: str) -> str:
     """The command with its arguments."""
     if getattr(command, "commands", None):
         return f"{path} COMMAND ..."
-    required = [p for p in _params(command) if p.param_type_name == "option" and p.required]
-    words = [p.metavar if p.required else f"[{p.metavar}]" for p in _arguments(command)]
-    words += [f"{p.opts[-1]} {p.metavar}" for p in required]
-    return " ".join([path, *words, "[OPTIONS]"])
+    words = [p.metavar if p.required else f"[{p.metavar}]" for p in _of(command, "argument")]
+    return " ".join([path, *words, command.options_metavar])
 
 
 def sections(command: Any) -> dict[str, list[tuple[str, str]]]:
     """The commands or arguments, then the options by group: (names, help) of each."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for name, inner in (getattr(command, "commands", None) or {}).items():
+    inside = getattr(command, "commands", None) or {}
+    for name, inner in inside.items():
         if not inner.hidden:
             found.setdefault("Commands", []).append((name, inner.help.split("\n\n")[0]))
-    for param in _arguments(command):
+    for param in _of(command, "argument"):
         found.setdefault("Arguments", []).append((param.metavar, param.help))
-    for param in _params(command):
-        if param.param_type_name == "option" and not param.hidden:
-            group = getattr(param, "rich_help_panel", None) or "Options"
+    for param in _of(command, "option"):
+        if not param.hidden:
+            group = "Options" if inside else param.rich_help_panel
             found.setdefault(group, []).append((names(param), param.help))
     return found
 
@@ -70,19 +70,15 @@ def names(param: Any) -> str:
     return text if param.is_flag else f"{text} {param.metavar}"
 
 
-def _params(command: Any) -> list[Any]:
-    return list(command.params)
+def _of(command: Any, kind: str) -> list[Any]:
+    return [p for p in command.params if p.param_type_name == kind]
 
 
-def _arguments(command: Any) -> list[Any]:
-    return [p for p in command.params if p.param_type_name == "argument"]
-
-
-def _entry(name: str, text: str, columns: int) -> Iterator[str]:
-    lines = wrap(text, columns - LEFT - 4)
-    if len(name) > LEFT:
+def _entry(name: str, text: str, left: int, columns: int) -> Iterator[str]:
+    lines = wrap(text, columns - left - 4)
+    if len(name) > left:
         yield f"  {name}"
     else:
-        yield f"  {name.ljust(LEFT)}  {lines.pop(0)}"
+        yield f"  {name.ljust(left)}  {lines.pop(0)}"
     for line in lines:
-        yield f"  {' ' * LEFT}  {line}"
+        yield f"  {' ' * left}  {line}"

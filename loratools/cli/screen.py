@@ -94,9 +94,13 @@ def width() -> int:
 
 
 def columns(
-    rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), cut: int | None = None
+    rows: Sequence[Sequence[str]],
+    *,
+    right: Sequence[int] = (),
+    cut: int | None = None,
+    titled: bool = False,
 ) -> str:
-    """Rows in aligned columns, indented by two; `right` ones flush right.
+    """Rows in aligned columns, indented by two; `right` ones flush right, the first row a title.
 
     On a terminal the column `cut` gives way where lines would be too long, keeping its end.
     """
@@ -111,6 +115,8 @@ def columns(
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append(GAP + GAP.join(cells).rstrip())
+    if titled:
+        lines[0] = strong(lines[0])
     return "\n".join(lines)
 
 
@@ -159,13 +165,13 @@ def counted(problems: Iterable[Problem]) -> str:
     return ", ".join(f"{n} {s}{'s' if n > 1 else ''}" for n, s in words)
 
 
-def refused(cause: LoratoolsError, *, as_json: bool) -> None:
+def refused(cause: LoratoolsError, *, as_json: bool, command: str = "loratools") -> None:
     """Tell an error: all its problems on stderr, and for `--json` the object on stdout."""
     lines = problem_lines(cause.problems)
     if len(cause.problems) > 1:
         lines.append(f"{counted(cause.problems)}; nothing was written")
     for line in lines:
-        tell(line)
+        tell(line.replace("loratools COMMAND", command))
     if as_json:
         failed(cause.code, cause.exit, cause.message, cause.problems)
 

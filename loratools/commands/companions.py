@@ -23,6 +23,8 @@ TOKENIZER = (
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 LEFT = (".index.json", ".onnx_data", ".lock", ".partial")
 SMALL = 50_000_000  # bytes of a companion file; larger ones are weights of some other sort
+# Of a head of several layers, the one whose rows are labels.
+LAST_LAYERS = ("classifier", "out_proj", "score")
 # The task a PEFT task_type stands for, as transformers' class names end.
 TASKS = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -176,8 +178,11 @@ def _new_head(config: dict[str, Any], plan: Plan, heads: Sequence[str]) -> None:
         config["architectures"] = [next(iter(mapped))]
     elif len(tasks) == 1 and family:
         config["architectures"] = [family + TASKS[str(next(iter(tasks)))]]
-    if tasks & {"SEQ_CLS", "TOKEN_CLS"}:
-        labels = min(plan.targets[n].shape[0] for n in heads if n.endswith(".weight"))
+    named = str((config.get("architectures") or [""])[0])
+    if tasks & {"SEQ_CLS", "TOKEN_CLS"} or named.endswith("Classification"):
+        weights = [n for n in heads if n.endswith(".weight")]
+        last = [n for n in weights if n.split(".")[-2] in LAST_LAYERS] or weights
+        labels = min(plan.targets[n].shape[0] for n in last)
         if len(config.get("id2label") or {}) != labels:
             config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
             config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}

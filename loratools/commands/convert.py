@@ -221,7 +221,7 @@ def _lost(
     if left:
         lost.append(f"{left} of {len(old.deltas)} targets were left out")
     if difference:
-        lost.append(f"the update differs by {difference:.2g} of its norm")
+        lost.append(f"the update differs by {100 * difference:.3g} % of its norm")
     return lost
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from loratools import receipt
 from loratools.commands.companions import Companions, plan_companions
-from loratools.commands.inspect import as_json, pair
+from loratools.commands.inspect import as_json, human, pair
 from loratools.commands.judging import judge
-from loratools.commands.merge import MergeResult, Progress, human
+from loratools.commands.merge import MergeResult, Progress
 from loratools.commands.numbers import KEPT, pooled, sampled
 from loratools.errors import Problem
 from loratools.folding import Cut, Tally, choose_device
@@ -75,7 +75,7 @@ def fold(
         nbytes=nbytes,
         problems=judged.problems,
         notes=tuple(companions.notes),
-        groups=groups(plan, sample.tallies),
+        groups=groups(plan, sample.tallies, sample.tallies),
         dry_run=dry_run,
         device=str(where),
     )
@@ -93,8 +93,8 @@ def fold(
         restart=restart,
     ) as output:
         streamed = stream(
-            shards, plan.targets, output, cut=cut, device=where, threads=threads,
-            progress=progress,
+            shards, {plan.output_name(n): t for n, t in plan.targets.items()}, output, cut=cut,
+            device=where, threads=threads, progress=progress,
         )  # fmt: skip
         files = [s.name for s in shards] + companions.write(output.folder)
         if len(shards) > 1:
@@ -112,14 +112,15 @@ def fold(
             coverage={
                 "matched": list(plan.matched),
                 "total": list(plan.total),
-                "prefixes": [str(p) for p in plan.prefixes if p.added or p.removed],
+                "prefixes": [str(p) for p in plan.prefixes if p],
             },
             waived=[as_json(p) for p in judged.waived],
             targets={n: _entry(t) for n, t in sorted(tallies.items())},
         )
     result.update_kept = pooled(tallies.values())
     result.truncation_error = _truncation(tallies)
-    result.groups = groups(plan, tallies)
+    by_target = {n: t for n in plan.targets if (t := tallies.get(plan.output_name(n)))}
+    result.groups = groups(plan, by_target, sample.tallies)
     result.continued = streamed.continued
     result.weaker = output.weaker
     if result.update_kept is not None and result.update_kept < KEPT:
@@ -137,15 +138,13 @@ def _known(allow: Sequence[str], problems: Sequence[Problem]) -> list[str]:
 
 
 def output_shards(plan: Plan, dtype: str | None) -> tuple[OutputShard, ...]:
-    """The files of the folded model; with a new head, names as the task's class has them."""
-    removed = next((p.removed for p in plan.prefixes if p.removed), "")
-    renames = bool(plan.new) and bool(removed) and not plan.untied
+    """The files of the folded model, in the base's own layout."""
     return plan_shards(
         plan.base,
         {n: t.shape for n, t in plan.targets.items()},
         new={n: plan.targets[n].base for n in plan.new},
         dtype=dtype,
-        rename=(lambda name: removed + name) if renames else (lambda name: name),
+        rename=plan.output_name,
     )
 
 
@@ -163,8 +162,11 @@ def _truncation(tallies: dict[str, Tally]) -> float | None:
     return (sum(t.residual for t in tallies.values()) / whole) ** 0.5 if whole else None
 
 
-def groups(plan: Plan, tallies: dict[str, Tally]) -> list[dict[str, Any]]:
-    """Per group of like-named targets: how many, scaling, relative size, what was kept."""
+def groups(plan: Plan, tallies: dict[str, Tally], sample: dict[str, Tally]) -> list[dict[str, Any]]:
+    """Per group of like-named targets: how many, scaling, relative size, what was kept.
+
+    The relative size of the update is that of the sampled rows.
+    """
     found: dict[str, list[str]] = {}
     for name, target in plan.targets.items():
         if target.terms:
@@ -174,7 +176,8 @@ def groups(plan: Plan, tallies: dict[str, Tally]) -> list[dict[str, Any]]:
         some = [tallies[n] for n in names if n in tallies]
         pairs = [pair(t.delta) for n in names for t in plan.targets[n].terms]
         scalings = sorted({p.scaling for p in pairs if p is not None})
-        base, update = sum(t.base for t in some), sum(t.update for t in some)
+        rows = [sample[n] for n in names if n in sample]
+        base, update = sum(t.base for t in rows), sum(t.update for t in rows)
         table.append(
             {
                 "group": family,

@@ -145,3 +145,12 @@ def pair(delta: Kind) -> LowRank | None:
 
 def _counted(values: Any) -> dict[Any, int]:
     return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], str(item[0]))))
+
+
+def human(nbytes: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

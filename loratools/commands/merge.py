@@ -11,7 +11,7 @@ from typing import Any
 from loratools import receipt
 from loratools.adapter import Adapter, Kind, Leaf, LowRank
 from loratools.commands.check import fit, load_all, ties_from
-from loratools.commands.inspect import as_json
+from loratools.commands.inspect import as_json, human
 from loratools.commands.judging import judge, weights_for
 from loratools.errors import Problem, error, shown
 from loratools.formats import peft
@@ -109,11 +109,12 @@ def merge(
     method, rank = checked_method(method, rank, energy)
     paths, factors = weights_for([str(a) for a in adapters], weights, required=True)
     if base is None and len(paths) == 1 and weights is None and rank is None and energy is None:
+        place = out or "OUT"
         raise error(
             "usage",
             f"one adapter alone changes nothing; did you mean\n"
-            f"  loratools merge {paths[0]} --base BASE -o {out or 'OUT'}     (fold it into a model)\n"
-            f"  loratools convert {paths[0]} --rank N -o {out or 'OUT'}      (reduce its rank)",
+            f"  loratools merge {paths[0]} --base BASE -o {place}     (fold it into a model)\n"
+            f"  loratools convert {paths[0]} --rank N -o {place}      (reduce its rank)",
         )
     kind = dtype_name(dtype)
     loaded = load_all(paths, assume)
@@ -382,12 +383,3 @@ def _leaves(delta: Kind) -> list[Leaf]:
     from loratools.adapter import leaves
 
     return list(leaves(delta))
-
-
-def human(nbytes: float) -> str:
-    """Bytes in decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

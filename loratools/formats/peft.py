@@ -17,6 +17,7 @@ from loratools.formats.peft_config import (
     config_problems,
     names,
     read_config,
+    saves,
     scaling_of,
     unusual,
 )
@@ -342,7 +343,7 @@ def _saved(
     saved = names(config, "modules_to_save")
     for key in plain:
         module, _, parameter = key.rpartition(".")
-        known = any(f".{s}." in f".{key}" for s in saved)
+        known = any(saves(s, module) for s in saved)
         embedding = module.rpartition(".")[2] in EMBEDDINGS
         bias = parameter == "bias" and config.get("bias", "none") != "none"
         if config and not (known or embedding or bias):
@@ -351,7 +352,7 @@ def _saved(
                 f"{shown(key)} is a full tensor that modules_to_save does not name",
                 key,
             )
-    absent = [s for s in saved if not any(f".{s}." in f".{key}" for key in deltas)]
+    absent = [s for s in saved if not any(saves(s, key.rpartition(".")[0]) for key in deltas)]
     if absent and len(absent) == len(saved):
         listed = ", ".join(shown(s) for s in absent)
         problem("missing", f"modules_to_save names {listed}, and the file has none of it")
@@ -369,7 +370,8 @@ def write(adapter: Adapter, folder: Path) -> dict[str, str]:
     Factors, alphas and dtypes stand as they are in the adapter; fields of a PEFT config are kept.
     """
     tensors, config = disassemble(adapter)
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    # Not sorted: the first pattern that matches counts, and PEFT reads them in the file's order.
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     digest = safetensors.write(folder / WEIGHTS[0], tensors, {**adapter.metadata, "format": "pt"})
     return {WEIGHTS[0]: digest}

@@ -72,6 +72,15 @@ def names(config: Mapping[str, Any], field: str) -> tuple[str, ...]:
     return tuple(v for v in value if isinstance(v, str)) if isinstance(value, list) else ()
 
 
+def saves(name: str, module: str) -> bool:
+    """Whether a name in `modules_to_save` covers a module: the end of its path or of a parent's.
+
+    PEFT compares ends of text, so that "norm" names every "input_layernorm" too
+    (peft:utils/other.py).
+    """
+    return f"{name}." in f"{module}."
+
+
 def config_problems(config: Mapping[str, Any], modules: list[str], name: str) -> Iterator[Problem]:
     """What the config says that stands against folding or merging, or that no module explains."""
     init = config.get("init_lora_weights")
@@ -139,7 +148,7 @@ def config_for(
             if config.get(field) is not None:
                 config[field] = None
     known = names(config, "modules_to_save")
-    missing = [s for s in saved if not any(s == k or s.endswith(f".{k}") for k in known)]
+    missing = [s for s in dict.fromkeys(saved) if not any(saves(k, s) for k in known)]
     if missing:
         config["modules_to_save"] = [*known, *missing]
     config.setdefault("bias", "none")

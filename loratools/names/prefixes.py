@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from loratools.names.spellings import Spelling, spellings
 
 # Longer ones first where one begins with another.
 PREFIXES = tuple(
@@ -16,37 +18,64 @@ PREFIXES = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A rewriting of names: take `removed` away at the front, then put `added` there."""
+    """A rewriting of names: another spelling, then `removed` taken away, then `added` put there."""
 
     removed: str = ""
     added: str = ""
+    spelling: Spelling | None = None
 
     def __call__(self, name: str) -> str:
-        return self.added + name.removeprefix(self.removed)
+        spelt = name if self.spelling is None else self.spelling(name)
+        return self.added + spelt.removeprefix(self.removed)
+
+    def __bool__(self) -> bool:
+        return bool(self.removed or self.added or self.spelling)
 
     def __str__(self) -> str:
-        if self.added and self.removed:
-            return f'replace prefix "{self.removed}" by "{self.added}"'
-        return f'add prefix "{self.added}"' if self.added else f'remove prefix "{self.removed}"'
+        steps = [] if self.spelling is None else [str(self.spelling)]
+        steps += [f'remove prefix "{self.removed}"'] if self.removed else []
+        steps += [f'add prefix "{self.added}"'] if self.added else []
+        return ", ".join(steps)
 
 
-def find_prefixes(names: Collection[str], there: Collection[str]) -> list[Prefix]:
-    """Every single known prefix whose adding or removing makes all names stand in `there`."""
-    found = []
-    for change in _changes(names):
+def find_prefix(names: Collection[str], there: Collection[str]) -> Prefix:
+    """The one known change after which all names stand in `there`; none where they do, or several.
+
+    At most one prefix is added or taken away, and names may be spelt as transformers 4 or 5 does.
+    """
+    if all(n in there for n in names):
+        return Prefix()
+    found: dict[tuple[str, ...], Prefix] = {}
+    for change in _changes(_some(names)):
         if all(change(n) in there for n in names):
-            found.append(change)
-    return found
+            found.setdefault(tuple(change(n) for n in names), change)
+    return next(iter(found.values())) if len(found) == 1 else Prefix()
 
 
 def nearest(names: Collection[str], there: Collection[str]) -> tuple[Prefix, int] | None:
-    """The prefix that makes most names match, and how many; None where none does."""
-    counts = [(sum(change(n) in there for n in names), change) for change in _changes(names)]
-    best = max(counts, key=lambda pair: pair[0], default=(0, Prefix()))
-    return (best[1], best[0]) if best[0] else None
+    """The change that makes most names match, and how many; None where none does."""
+    some = _some(names)
+    best = max(_changes(some), key=lambda change: sum(change(n) in there for n in some))
+    count = sum(best(n) in there for n in names)
+    return (best, count) if count else None
 
 
-def _changes(names: Collection[str]) -> Iterable[Prefix]:
+def _some(names: Collection[str]) -> list[str]:
+    """At most some hundreds of the names, evenly: there are hundreds of changes to try."""
+    return list(names)[:: 1 + len(names) // 256]
+
+
+def _changes(names: Collection[str]) -> Iterator[Prefix]:
+    yield from _prefixes(names)
+    for spelling in spellings():
+        spelt = [spelling(n) for n in names]
+        if spelt != list(names):
+            yield Prefix(spelling=spelling)
+            for prefix in _prefixes(spelt):
+                yield replace(prefix, spelling=spelling)
+
+
+def _prefixes(names: Collection[str]) -> Iterator[Prefix]:
     for prefix in PREFIXES:
         yield Prefix(added=prefix)
         if all(n.startswith(prefix) for n in names):

@@ -242,10 +242,11 @@ def lock(path: Path) -> Iterator[bool]:
     """
     with reported(path):
         fd, left = _acquire(path)
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.ftruncate(fd, 0)
-        os.write(fd, f"{os.getpid()} {socket.gethostname()}\n".encode())
     try:
+        with reported(path):
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.ftruncate(fd, 0)
+            os.write(fd, f"{os.getpid()} {socket.gethostname()}\n".encode())
         yield left
     finally:
         if os.name == "nt":  # which removes no open file
@@ -273,7 +274,7 @@ def _acquire(path: Path) -> tuple[int, bool]:
             held = made  # no such locks here: who made the file has it
             if not made and _dead(text):
                 os.close(fd)
-                left = _take_away(path, text) or left
+                left |= _take_away(path, text)
                 continue
         if not held:
             os.close(fd)

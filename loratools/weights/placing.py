@@ -100,10 +100,7 @@ def resolved(out: Path, *, as_file: bool, inputs: Sequence[Path]) -> Path:
     A link to an empty or missing folder stands for that folder. UsageError `same_path` where the
     output is, or touches, an input; OutputError `output_exists` for any other link.
     """
-    try:
-        target = out.resolve()
-    except RuntimeError as problem:  # a circle of links
-        raise error("storage", f"{shown(out)}: {problem}") from problem
+    target = Path(os.path.realpath(out))
     _refuse_inputs(Places(target, as_file, inside=False), inputs)
     if out.is_symlink() and (as_file or not is_empty(target)):
         raise error(
@@ -120,7 +117,7 @@ def _refuse_inputs(places: Places, inputs: Sequence[Path]) -> None:
     for source in inputs:
         typed = Path(os.path.abspath(source))
         # A link in the output to an input elsewhere would be lost with the old output.
-        above = (*_upwards(typed), *_upwards(typed.resolve()))
+        above = (*_upwards(typed), *_upwards(Path(os.path.realpath(source))))
         linked = out.is_file() and out.stat().st_nlink > 1 and source.is_dir()
         if any(same(path, source) for path in _upwards(out)):
             said = f"the output {shown(out)} is the input {shown(source)} or lies inside it"

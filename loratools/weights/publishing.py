@@ -171,6 +171,10 @@ def _settle(places: Places, *, orphans: bool) -> None:
     A partial folder without a record goes if it is known to be a run's (`orphans`) or empty.
     """
     out, aside, partial = places.out, places.aside, places.partial
+    recorded = os.path.lexists(partial / PROGRESS)
+    if is_folder(partial) and not recorded and (orphans or is_empty(partial)):
+        _remove(partial)
+        _step()
     if is_folder(places.ready):
         _move_in(places)
         _log.warning("%s: moved in the rest of what an interrupted run had made", shown(out))
@@ -186,10 +190,6 @@ def _settle(places: Places, *, orphans: bool) -> None:
             _remove_old(places)
         _step()
         _log.warning("%s: put right after an interrupted run", shown(out))
-    recorded = os.path.lexists(partial / PROGRESS)
-    if is_folder(partial) and not recorded and (orphans or is_empty(partial)):
-        _remove(partial)
-        _step()
 
 
 def _go_on(output: Output, *, restart: bool, check: Callable[[Path, str], bool] | None) -> None:
@@ -237,6 +237,7 @@ def _go_on(output: Output, *, restart: bool, check: Callable[[Path, str], bool] 
 def _appear(places: Places, *, replacing: bool) -> bool:
     """Makes the folder's content the output, to last; whether one rename was not possible."""
     out, partial = places.out, places.partial
+    refuse_existing(places, force=replacing)  # by now another program may have put something there
     _sync_tree(partial)
     _step()
     (partial / PROGRESS).unlink(missing_ok=True)
@@ -253,11 +254,6 @@ def _appear(places: Places, *, replacing: bool) -> bool:
         try:
             _rename_whole(places, replacing=replacing)
         except OSError as problem:
-            if problem.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise error(
-                    "output_exists",
-                    f"{shown(out)} was filled by another program meanwhile; choose another output",
-                ) from problem
             if problem.errno not in (errno.EBUSY, errno.EXDEV) or not is_folder(out):
                 raise
         else:
@@ -266,7 +262,7 @@ def _appear(places: Places, *, replacing: bool) -> bool:
     if not places.inside:
         _carry(partial, inside.partial)
         _step()
-    _move_one_by_one(inside, inside.old() if replacing else [])
+    _move_one_by_one(inside, inside.old())
     return True
 
 
@@ -332,12 +328,11 @@ def _move_in(places: Places) -> None:
 
 def _remove_old(places: Places) -> None:
     """Removes what is aside, under the name from which nothing is ever brought back."""
-    _remove(places.partial)
     if is_folder(places.aside):
         os.rename(places.aside, places.partial)
         _step()
         _remove(places.partial)
-    _step()
+        _step()
 
 
 # Files ---------------------------------------------------------------------------------------

@@ -117,3 +117,32 @@ def adapter(folder: Path, layers: int, *, rank: int = 16, seed: int = 1) -> Path
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def many_shards(folder: Path, shards: int = 30, tensors: int = 723) -> Path:
+    """A sparse 32-layer base in many shards: headers are real, its data are holes."""
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True)
+    rows: list[tuple[str, str, tuple[int, ...]]] = []
+    for layer in range(32):
+        stem = f"model.layers.{layer}"
+        rows += [(f"{stem}.{n}.weight", "BF16", s) for n, s in LINEAR.items()]
+    while len(rows) < tensors:
+        rows.append((f"model.layers.{len(rows) % 32}.norm_{len(rows)}.weight", "BF16", (HIDDEN,)))
+    where = {}
+    for number in range(shards):
+        part = rows[number::shards]
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        header, offsets = plan_layout(part, {"format": "pt"})
+        last = part[-1]
+        with open(folder / name, "wb") as file:
+            file.write(header)
+            file.truncate(offsets[last[0]] + math.prod(last[2]) * 2)
+        where |= {row[0]: name for row in part}
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "tie_word_embeddings": False})
+    )
+    return folder

@@ -125,6 +125,7 @@ ACCEPTED = {
     "empty at both ends": built(
         {"z": entry("F32", [0], 0, 0), "a": ONE, "y": entry("I8", [3, 0], 4, 4)}, b"1234"
     ),
+    "empty where another begins": built({"a": ONE, "z": entry("F32", [0], 0, 0)}, b"1234"),
     "several empty in one place": built({n: entry("F32", [0, 7], 0, 0) for n in "abc"}),
     "eight dimensions": built({"a": entry("U8", [1] * 8, 0, 1)}, b"1"),
     "unaligned": built({"a": entry("U8", [1], 0, 1), "b": entry("F64", [1], 1, 9)}, b"123456789"),
@@ -549,6 +550,8 @@ def test_written_files_load_bit_for_bit(tmp_path):
     path = tmp_path / "w.safetensors"
     digest = ours.write(path, leaves(), {"format": "pt", "a": "é"})
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    for leaf in ours.read_header(LocalFile(path)).leaves.values():
+        assert leaf.offset * 8 % DTYPE_BITS[leaf.dtype] == 0
     loaded = safetensors.torch.load_file(path)
     assert loaded.keys() == tensors().keys()
     for name, tensor in tensors().items():

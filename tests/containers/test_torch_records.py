@@ -5,6 +5,7 @@ import struct
 import pytest
 
 from tests.containers.torch_bytes import (
+    ORDERED,
     REBUILD,
     Op,
     built,
@@ -19,8 +20,18 @@ from tests.containers.torch_bytes import (
 SHARED = named("torch._utils", "_rebuild_parameter")
 V3 = named("torch._utils", "_rebuild_tensor_v3")
 
+TYPED = named("torch._tensor", "_rebuild_from_type_v2")
+TENSOR = named("torch", "Tensor")
+PLAIN = (stored(), 0, (4,), (1,), False, {})
+
+
+CALL = (REBUILD, TENSOR, PLAIN, {})
+CALLS = b"(" + TYPED + TENSOR  # the first two arguments of a call of a call
+
 TENSORS = {
-    "2^34 elements of stride 0": (tensor(None, 0, (1 << 34,), (0,)), "hostile", "its storage has 16"),
+    "2^34 elements of stride 0": (
+        tensor(None, 0, (1 << 34,), (0,)), "hostile", "its storage has 16"
+    ),
     "5 elements of stride 0": (tensor(None, 0, (5,), (0,)), "hostile", "its storage has 16"),
     "overlapping windows": (tensor(None, 0, (3, 2), (1, 1)), "hostile", "its storage has 16"),
     "behind its storage": (tensor(None, 1, (4,)), "hostile", "reaches byte 20 of a storage of 16"),
@@ -30,12 +41,18 @@ TENSORS = {
     "a negative offset": (tensor(None, -1, (1,)), "malformed", "no whole numbers"),
     "a huge stride": (tensor(None, 0, (1,), (1 << 63,)), "malformed", "no whole numbers"),
     "a bool as extent": (tensor(None, 0, (True,)), "malformed", "no whole numbers"),
-    "a float as extent": (tensor(None, 0, (Op(b"G" + struct.pack(">d", 4)),)), "malformed", "whole"),
+    "a float as extent": (
+        tensor(None, 0, (Op(b"G" + struct.pack(">d", 4)),)), "malformed", "whole"
+    ),
     "text as offset": (tensor(None, "0"), "malformed", "arguments"),
-    "more strides than extents": (tensor(None, 0, (4,), (1, 1)), "malformed", "1 extents, 2 strides"),
+    "more strides than extents": (
+        tensor(None, 0, (4,), (1, 1)), "malformed", "1 extents, 2 strides"
+    ),
     "10,000 dimensions": (tensor(None, 0, (1,) * 9999, (1,) * 9999), "malformed", "at most 64"),
     "nothing, but huge": (tensor(None, 0, (0, 1 << 62), (1, 1)), "malformed", "no whole numbers"),
-    "nothing, of large extents": (tensor(None, 0, (0, 1 << 41), (1, 1)), "malformed", "larger than"),
+    "nothing, of large extents": (
+        tensor(None, 0, (0, 1 << 41), (1, 1)), "malformed", "larger than"
+    ),
     "nothing, of many extents": (
         tensor(None, 0, (0, 1 << 40, 1 << 40), (1, 1, 1)), "malformed", "larger than"
     ),
@@ -70,6 +87,12 @@ TENSORS = {
     "4-bit numbers": (
         {"w": called(V3, stored(), 0, (4,), (1,), False, {}, named("torch", "float4_e2m1fn_x2"))},
         "dtype_unusable", 'tensor "w": is float4_e2m1fn_x2',
+    ),
+    "a tensor of another class": (
+        called(TYPED, REBUILD, ORDERED, PLAIN, {}), "malformed", "another class"
+    ),
+    "calls in calls": (
+        Op(TYPED + CALLS * 10_000 + put(CALL) + b"}t" * 10_000 + b"R"), "malformed", "another class"
     ),
     "a dtype that is text": (
         called(V3, stored(), 0, (4,), (1,), False, {}, "float32"), "malformed", "arguments"

@@ -42,6 +42,13 @@ def ended64(**changes: int) -> bytes:
     return raw[:-22] + record + b"PK\6\7" + struct.pack("<LQL", *values[9:]) + raw[-22:]
 
 
+def listed(at: int, new: bytes) -> bytes:
+    """The honest file with other bytes at a place of its directory."""
+    raw = archive(*HONEST)
+    at += raw.index(b"PK\1\2")
+    return raw[:at] + new + raw[at + len(new) :]
+
+
 ZIPS = {
     "a member deflated": (
         archive(replace(DATA, data=zlib.compress(DATA.data)[2:-4], method=8), *OTHERS),
@@ -129,7 +136,9 @@ ZIPS = {
     "another size at the member": (
         archive(replace(DATA, local_size=3), *OTHERS), "malformed", "contradict"
     ),
-    "sizes said to follow": (archive(replace(DATA, flags=8), *OTHERS), "malformed", "0 bytes beside"),
+    "sizes said to follow": (
+        archive(replace(DATA, flags=8), *OTHERS), "malformed", "0 bytes beside"
+    ),
     "a file marked as a folder": (
         archive(replace(DATA, external=0x10), *OTHERS), "malformed", "marked as a folder"
     ),
@@ -145,11 +154,15 @@ ZIPS = {
     "an empty name": (archive(*HONEST, File(b"")), "hostile", "lead down"),
     "a name that is no text": (archive(*HONEST, File(b"archive/\xff")), "malformed", "no text"),
     "a field longer than the entry": (
-        archive(replace(DATA, extra=struct.pack("<2H", 1, 99)), *OTHERS), "malformed", "extra fields"
+        archive(replace(DATA, extra=struct.pack("<2H", 1, 99)), *OTHERS),
+        "malformed", "extra fields",
     ),
     "half a field": (archive(replace(DATA, extra=b"\1"), *OTHERS), "malformed", "extra fields"),
     "a zip64 field without need": (
         archive(replace(DATA, extra=struct.pack("<2HQ", 1, 8, 7)), *OTHERS), "malformed", "zip64"
+    ),
+    "no zip64 field at the member": (
+        archive(replace(DATA, local_size=0xFFFFFFFF), *OTHERS), "malformed", "its local header"
     ),
     "no zip64 field": (archive(replace(DATA, size=0xFFFFFFFF), *OTHERS), "malformed", "zip64"),
     "a zip64 field that lies": (
@@ -162,6 +175,15 @@ ZIPS = {
     ),
     "a member that is not there": (
         archive(*HONEST, replace(OTHER, at=1 << 31)), "malformed", "belong to no zip member"
+    ),
+    "no entry": (listed(0, b"PK\7\x08"), "malformed", "no entry stands there"),
+    "an entry without end": (listed(30, b"\xff\xff"), "malformed", "longer than the directory"),
+    "a member larger than the file": (
+        listed(20, struct.pack("<2L", 1 << 30, 1 << 30)), "malformed", "more than the file has"
+    ),
+    "no member where it should begin": (
+        archive(*HONEST, OTHER).replace(b"PK\3\4", b"PK\3\5").replace(b"PK\3\5", b"PK\3\4", 1),
+        "malformed", "no local header at",
     ),
     "more entries": (ended(count=9, here=9), "malformed", "promises 9"),
     "fewer entries": (ended(count=1, here=1), "malformed", "promises 1"),

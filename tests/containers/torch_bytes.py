@@ -50,7 +50,8 @@ def differs(ours: Any, theirs: Any, at: str = "") -> str | None:
     if isinstance(ours, Leaf):
         if not isinstance(theirs, torch.Tensor):
             return f"{at}: a tensor is {type(theirs)}"
-        tensor, theirs = ours.tensor(), theirs.detach()
+        tensor = ours.tensor()
+        theirs = theirs.detach().clone(memory_format=torch.contiguous_format)
         alike = (
             tensor.dtype == theirs.dtype
             and tensor.shape == theirs.shape == ours.shape

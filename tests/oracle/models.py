@@ -96,7 +96,7 @@ class Net(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.square = nn.Linear(8, 8)
         self.plain = nn.Linear(8, 6, bias=False)
-        self.out = nn.Linear(20, 3)
+        self.head = nn.Linear(20, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens)  # (batch, length, 8)
@@ -104,7 +104,7 @@ class Net(nn.Module):
         line = self.line(x.transpose(1, 2)).mean(-1)
         image = self.point(self.image(x[:, None]).tanh()).mean((-1, -2))
         volume = self.volume(x.reshape(len(x), 1, 2, -1, 8)).mean((-1, -2, -3))
-        return self.out(torch.cat([line, image, volume[:, :3], self.plain(x).mean(1)], 1))
+        return self.head(torch.cat([line, image, volume[:, :3], self.plain(x).mean(1)], 1))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ PATTERNS = {
     },
     "alpha_pattern": {r".*\.1\..*_proj": 24, "layers.0.self_attn.v_proj": 3, "self_attn.v_proj": 1000},
 }
-NET = ["tokens", "line", "image", "point", "volume", "square", "plain", "out"]
+NET = ["tokens", "line", "image", "point", "volume", "square", "plain", "head"]
 
 CASES = {
     "linear": ("llama", {"target_modules": QV, "r": 4, "lora_alpha": 8}),
@@ -136,15 +136,15 @@ CASES = {
         "vit",
         {"target_modules": ["q_proj", "o_proj", "projection"], "use_dora": True},
     ),
-    "whisper": ("whisper", {"target_modules": [*QV, "out_proj", "fc1", "conv1", "conv2"]}),
-    "whisper-dora": ("whisper", {"target_modules": [*QV, "conv1"], "use_dora": True}),
+    "whisper": ("whisper", {"target_modules": [*QV, "out_proj", "fc1"]}),
+    "whisper-dora": ("whisper", {"target_modules": [*QV, "fc2"], "use_dora": True}),
     "net": ("net", {"target_modules": NET, "r": 3}),
     "net-rslora": ("net", {"target_modules": NET, "r": 3, "use_rslora": True}),
     "net-dora": ("net", {"target_modules": NET, "r": 3, "use_dora": True}),
     "net-bias": ("net", {"target_modules": NET, "r": 3, "bias": "all"}),
     "net-lora-bias": ("net", {"target_modules": ["line", "image", "square"], "lora_bias": True}),
     "net-attention": ("net", {"target_modules": ["attention", "square"], "r": 3}),
-    "net-saved": ("net", {"target_modules": ["square"], "modules_to_save": ["image", "out"]}),
+    "net-saved": ("net", {"target_modules": ["square"], "modules_to_save": ["image", "head"]}),
 }
 
 

@@ -1,5 +1,6 @@
 """Outputs as the tests of publishing make and read them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ def seen(folder: Path) -> dict[str, str] | None:
         elif not any(path.iterdir()):
             found[name] = "empty"
     return found
+
+
+def path_of(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 def within(name: str, files: dict[str, str]) -> dict[str, str]:

@@ -354,6 +354,25 @@ def test_of_two_that_take_over_a_dead_lock_one_gets_it(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_lock_whose_file_was_removed_meanwhile_is_had_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last holder ends between our opening the file and our locking it."""
+    answers = []
+
+    def system_lock(_: int) -> bool:
+        if not answers:
+            (tmp_path / "lock").unlink()
+        answers.append(True)
+        return True
+
+    monkeypatch.setattr(disk, "_system_lock", system_lock)
+    with disk.lock(tmp_path / "lock"):
+        assert (tmp_path / "lock").read_text().startswith(f"{os.getpid()} ")
+    assert len(answers) == 2
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP])
 def test_where_the_file_system_has_no_locks_the_file_is_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -369,6 +388,18 @@ def test_where_the_file_system_has_no_locks_the_file_is_the_lock(
         ):
             pytest.fail("entered")
         assert (tmp_path / "lock").exists()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_cannot_be_written_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(StorageError, match="lock: No space left"), disk.lock(tmp_path / "lock"):
+        pytest.fail("entered")
     assert os.listdir(tmp_path) == []
 
 

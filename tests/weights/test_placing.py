@@ -16,6 +16,7 @@ def test_an_output_that_is_an_input_under_any_name(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("base")
     os.link(base / "model.safetensors", tmp_path / "hard.safetensors")
     (tmp_path / "soft.safetensors").symlink_to("base/model.safetensors")
+    (tmp_path / "deep").symlink_to("base/sub")
     put(tmp_path / "out", {"adapter_config.json": "{}"})
     (tmp_path / "out" / "linked").symlink_to(base)
     put(tmp_path / "next.partial", {"model.safetensors": "w"})
@@ -35,6 +36,7 @@ def test_an_output_that_is_an_input_under_any_name(tmp_path: Path) -> None:
         (tmp_path, base, False),  # the input lies in the output
         (base, weights, False),
         (tmp_path / "link", weights, False),
+        (base, tmp_path / "deep", False),
         (tmp_path / "out", tmp_path / "out" / "linked", False),  # would lose the link
         (tmp_path / "next", tmp_path / "next.partial", False),  # would be taken for a leftover
         (weights, weights, True),
@@ -131,9 +133,9 @@ def test_links_at_the_output(tmp_path: Path) -> None:
         assert seen(tmp_path / f"real-{name}") == NEW
     said = refused(tmp_path / "full", OutputError, "output_exists", force=True)
     assert "name that path itself" in said
-    for name in ("file.bin", "loose.bin"):
+    for name in ("file.bin", "loose.bin", "circle"):
         refused(tmp_path / name, OutputError, "output_exists", force=True, as_file=True)
-    refused(tmp_path / "circle", StorageError, "storage")
+    refused(tmp_path / "circle", OutputError, "output_exists")
     assert seen(tmp_path / "real-full") == OLD
     assert not [name for name in os.listdir(tmp_path) if "partial" in name or "lock" in name]
 

@@ -1,0 +1,1 @@
+"""Proofs that an output is what its receipt, or the maths, says; nothing here makes anything."""

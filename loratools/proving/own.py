@@ -1,0 +1,160 @@
+"""Our own folds and merges made again in memory, and compared with what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loratools.adapter import Adapter, Kind, Leaf, LowRank, leaves
+from loratools.algebra import factors
+from loratools.folding import Cut, Desk, fold_target, leaf_rows, torch_dtype
+from loratools.plan import Plan, Target
+from loratools.proving.differences import (
+    TILE,
+    Difference,
+    Mismatch,
+    Progress,
+    Rows,
+    compare_leaves,
+    each,
+)
+from loratools.weights.base import Base
+from loratools.weights.layout import OutputShard, Piece
+
+
+@dataclass(slots=True)
+class Replayed:
+    """The outcome for all tensors of an output."""
+
+    checked: int = 0
+    mismatches: list[Mismatch] = field(default_factory=list)
+    near: int = 0  # elements that differ by what another arithmetic may
+
+
+def replay_fold(
+    plan: Plan,
+    shards: Sequence[OutputShard],
+    written: Base,
+    *,
+    cut: Cut | None = None,
+    device: torch.device | None = None,
+    tolerance: int = 0,
+    progress: Progress | None = None,
+) -> Replayed:
+    """Fold every touched tensor again and compare it, and all others with the base.
+
+    `shards` is what the fold writes, by the plan; `tolerance` the units in the last place by
+    which touched elements may differ.
+    """
+    pieces = {piece.name: piece for shard in shards for piece in shard.pieces}
+    files = {name: shard.name for shard in written.shards for name in shard.leaves}
+    replayed = Replayed()
+    for name in pieces:
+        if name not in written.tensors:
+            replayed.mismatches.append(Mismatch("missing", name))
+    for name in written.tensors:
+        if name not in pieces:
+            replayed.mismatches.append(
+                Mismatch("not in the base, nor in an adapter", name, files[name])
+            )
+    desk_at = device or torch.device("cpu")
+
+    def work(piece: Piece) -> tuple[Mismatch | None, int]:
+        leaf, file = written.tensors[piece.name], files[piece.name]
+        is_as = leaf.dtype, leaf.shape
+        if is_as != (piece.dtype, piece.shape):
+            what = f"is {leaf.dtype} {leaf.shape}, expected {piece.dtype} {piece.shape}"
+            return Mismatch(what, piece.name, file), 0
+        target = _target(plan, piece)
+        if target is None:
+            assert piece.base is not None
+            difference, near = compare_leaves(piece.base, leaf), 0
+            what = "changed, and no adapter touches it"
+        else:
+            rows = Rows(leaf, tolerance)
+            before = None if target.base is None else leaf_rows(target.base)
+            dtype = torch_dtype(leaf.dtype)
+            fold_target(target, before, rows.compare, dtype=dtype, desk=Desk(desk_at), cut=cut)
+            difference, near, what = rows.found, rows.near, "folded again it differs"
+        return _mismatch(difference, leaf, file, what), near
+
+    there = [piece for name, piece in pieces.items() if name in written.tensors]
+    for mismatch, near in each(work, there, sizes=[p.nbytes for p in there], progress=progress):
+        replayed.checked += 1
+        replayed.near += near
+        if mismatch is not None:
+            replayed.mismatches.append(mismatch)
+    return replayed
+
+
+def _target(plan: Plan, piece: Piece) -> Target | None:
+    """What is folded into a piece; its name in the output may have a prefix that the base's lacks."""
+    target = plan.targets.get(piece.name)
+    if target is None and piece.base is not None:
+        target = plan.targets.get(piece.base.name)
+    return target if target is not None and target.terms else None
+
+
+def _mismatch(difference: Difference, leaf: Leaf, file: str | None, what: str) -> Mismatch | None:
+    if not difference.elements:
+        return None
+    first = difference.index(leaf.shape)
+    return Mismatch(what, leaf.name, file, difference.elements, first, difference.worst)
+
+
+# ------------------------------------------------------------------------------- adapters
+
+
+def replay_merge(
+    expected: Adapter, written: Adapter, *, file: str | None = None, same_class: bool = True
+) -> Replayed:
+    """Compare a merged adapter with the same merge made again, delta by delta.
+
+    In another arithmetic class the factors of a truncation may differ, and the products decide.
+    """
+    replayed = Replayed()
+    for key in expected.deltas.keys() | written.deltas.keys():
+        mine, its = expected.deltas.get(key), written.deltas.get(key)
+        if mine is None or its is None:
+            what = "missing" if its is None else "not in the merge"
+            replayed.mismatches.append(Mismatch(what, key, file))
+            continue
+        replayed.checked += 1
+        replayed.mismatches += _delta(key, mine, its, file, same_class)
+    replayed.mismatches.sort(key=lambda m: m.tensor or "")
+    return replayed
+
+
+def _delta(key: str, mine: Kind, its: Kind, file: str | None, same_class: bool) -> list[Mismatch]:
+    if isinstance(mine, LowRank) and isinstance(its, LowRank):
+        if not same_class:
+            return _products(key, mine, its, file)
+        if mine.scaling != its.scaling:
+            what = f"has scaling {its.scaling:g}, expected {mine.scaling:g}"
+            return [Mismatch(what, key, file)]
+    pairs = list(zip(leaves(mine), leaves(its), strict=False))
+    same = [(a.dtype, a.shape) == (b.dtype, b.shape) for a, b in pairs]
+    if type(mine) is not type(its) or len(pairs) != len(list(leaves(mine))) or not all(same):
+        return [Mismatch("has another kind, rank, shape or dtype", key, file)]
+    found = [_mismatch(compare_leaves(a, b), b, file, "merged again it differs") for a, b in pairs]
+    return [m for m in found if m is not None]
+
+
+def _products(key: str, mine: LowRank, its: LowRank, file: str | None) -> list[Mismatch]:
+    """Whether two pairs hold one ΔW to 1e-12 of its norm, or to the rounding of their factors."""
+    (b, a), (d, c) = factors(mine), factors(its)
+    if (len(b), a.shape[1]) != (len(d), c.shape[1]):
+        return [Mismatch("has another shape", key, file)]
+    eps = max(torch.finfo(torch_dtype(leaf.dtype)).eps for leaf in (its.a, its.b))
+    off = size = 0.0
+    step = max(1, TILE // a.shape[1])
+    for start in range(0, len(b), step):
+        whole: Tensor = b[start : start + step] @ a
+        size += float(whole.square().sum())
+        off += float((whole - d[start : start + step] @ c).square().sum())
+    if off**0.5 <= max(1e-12, 4 * eps) * size**0.5:
+        return []
+    return [Mismatch("merged again its product differs", key, file, worst=off**0.5)]
