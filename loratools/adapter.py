@@ -174,7 +174,7 @@ class Replace:
 
     value: Leaf
     rows: tuple[int, ...] | None = None
-    then: LowRank | Renormed | None = None
+    then: LowRank | Renormed | Replace | None = None
 
 
 Kind = LowRank | Dense | Renormed | Replace

@@ -7,6 +7,7 @@ narrowed is decided by `loratools.folding`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, assert_never
@@ -19,6 +20,7 @@ from loratools.errors import error
 
 K = TypeVar("K", bound=Kind)
 Additive = LowRank | Dense
+Then = LowRank | Renormed | Replace
 Tiles = Callable[[], Iterable[tuple[int, Tensor]]]  # (first row, float64 rows of W0), in order
 
 
@@ -34,7 +36,7 @@ def held(tensor: Tensor, name: str = "") -> Leaf:
 
 def matrix(tensor: Tensor) -> Tensor:
     """(out, in, *kernel) as (out, in * kernel); a vector (out,) as (out, 1)."""
-    return tensor.reshape(tensor.shape[0], -1) if tensor.ndim else tensor.reshape(1, 1)
+    return tensor.reshape(*tensor.shape[:1] or (1,), math.prod(tensor.shape[1:]))
 
 
 def map_leaves(delta: K, change: Callable[[Leaf], Leaf]) -> K:
@@ -54,6 +56,12 @@ def factors(delta: LowRank) -> tuple[Tensor, Tensor]:
     b, a = widen(delta.b), matrix(widen(delta.a))
     b = b.reshape(b.shape[0], delta.rank)
     return (b if delta.scaling == 1 else b * delta.scaling), a
+
+
+def product(b: Tensor, a: Tensor, inner: Sequence[int]) -> LowRank:
+    """B·A of scaling 1, from matrices, for a weight of (out, *inner)."""
+    kernel = [1 for _ in inner[1:]]
+    return LowRank(held(a.reshape(len(a), *inner)), held(b.reshape(*b.shape, *kernel)), 1.0)
 
 
 def shape(delta: Kind) -> tuple[int, ...] | None:
@@ -79,6 +87,8 @@ def reach(delta: Kind) -> Literal["rows", "pass"]:
     match delta:
         case Renormed(axis="in", norm=None):
             return "pass"
+        case Replace(then=then) if then is not None:
+            return reach(then)
         case LowRank() | Dense() | Replace() | Renormed():
             return "rows"
         case _:
@@ -97,9 +107,14 @@ def prepare(delta: Kind, tiles: Tiles) -> Kind:
         case Dense(diff=diff, scaling=scaling):
             return Dense(held(matrix(widen(diff)) * scaling))
         case Replace(value=value, rows=rows, then=then):
-            wide = matrix(widen(value))
-            inner = tiles if rows is not None else lambda: [(0, wide)]
-            return Replace(held(wide), rows, within(then, lambda d: prepare(d, inner)))
+            new = Replace(held(matrix(widen(value))), rows)
+
+            def replaced() -> Iterable[tuple[int, Tensor]]:
+                if rows is None:
+                    return [(0, new.value.tensor())]
+                return ((at, apply(new, w0, at)) for at, w0 in tiles())
+
+            return replace(new, then=within(then, lambda d: prepare(d, replaced)))
         case Renormed():
             ready = additive(prepare(delta.delta, tiles))
             norm = None
@@ -129,14 +144,13 @@ def apply(delta: Kind, w0: Tensor, start: int = 0, out: Tensor | None = None) ->
                 raise error("usage", "a column renormalisation needs algebra.prepare first")
             return w.mul_(m / widen(norm))
         case Replace(value=value, rows=rows, then=then):
-            new = matrix(widen(value))
+            new, w = matrix(widen(value)), w0.clone()
             if rows is None:
-                w = new[start : start + len(w0)].clone()
-            else:
-                w = w0.clone()
-                for i, row in enumerate(rows):
-                    if start <= row < start + len(w):
-                        w[row - start] = new[i]
+                new = new[start : start + len(w)]
+                w[: len(new)] = new
+            for i, row in enumerate(rows or ()):
+                if start <= row < start + len(w):
+                    w[row - start] = new[i]
             return w if then is None else apply(then, w, start)
         case _:
             assert_never(delta)
@@ -153,7 +167,9 @@ def _plus(delta: Additive, w0: Tensor, start: int, out: Tensor | None = None) ->
             return torch.cat([torch.addmm(w0[: len(b)], b, a), w0[len(b) :]])
         case Dense(diff=diff, scaling=scaling):
             tile = matrix(widen(diff))[start : start + len(w0)]
-            return torch.add(w0, tile, alpha=scaling, out=out)
+            if len(tile) == len(w0):
+                return torch.add(w0, tile, alpha=scaling, out=out)
+            return torch.cat([w0[: len(tile)] + tile * scaling, w0[len(tile) :]])
         case _:
             assert_never(delta)
 
@@ -176,16 +192,23 @@ def combine(
 def grown(terms: Sequence[tuple[float, Kind]], like: Tensor, start: int) -> Tensor:
     """Rows that W0 does not have (a new head, a longer vocabulary): Σ w_i V_i / Σ w_i.
 
-    `like` gives shape and device; additive terms that reach these rows are added.
+    The sums are over the adapters that have a row. `like` gives shape and device; additive terms
+    that reach these rows are added.
     """
-    here = [(w, d) for w, d in terms if isinstance(d, Replace) and d.rows is None]
-    total = sum(w for w, d in here if d.value.shape[0] >= start + len(like))
-    if not total:
-        raise error("head_conflict", f"the weights of what is new in rows {start}... sum to 0")
-    w = torch.zeros_like(like)
-    for weight, new in here:
-        if new.value.shape[0] >= start + len(like):
-            w += (weight / total) * apply(new, like, start)
+    w, total = torch.zeros_like(like), like.new_zeros(len(like), 1)
+    brought = [
+        (weight, delta, [row - start for row in have if start <= row < start + len(like)])
+        for weight, delta in terms
+        if isinstance(delta, Replace)
+        for have in [range(delta.value.shape[0]) if delta.rows is None else delta.rows]
+    ]
+    for weight, _, at in brought:
+        total[at] += weight
+    if not bool(total.all()):
+        row = start + int((total == 0).flatten().nonzero()[0])
+        raise error("head_conflict", f"the weights of what is new in row {row} sum to 0")
+    for weight, new, at in brought:
+        w[at] += (weight / total[at]) * apply(new, w, start)[at]
     for weight, delta in terms:
         if isinstance(delta, Additive):
             w = _plus(scaled(delta, weight), w, start)
@@ -236,30 +259,44 @@ def scaled(delta: Additive, weight: float) -> Additive:
 
 
 def add(deltas: Sequence[Additive]) -> Additive:
-    """The exact sum, of scaling 1: low-rank deltas concatenated (rank adds up), others dense."""
+    """The exact sum, of scaling 1: low-rank deltas concatenated (rank adds up), others dense.
+
+    Raises FitError `shape_mismatch`.
+    """
     if len(deltas) == 1 and deltas[0].scaling == 1:
         return deltas[0]
+    same_shape(deltas)
     low = [d for d in deltas if isinstance(d, LowRank)]
     if len(low) == len(deltas):
         pairs = [factors(d) for d in low]
         b, a = torch.cat([b for b, _ in pairs], 1), torch.cat([a for _, a in pairs], 0)
-        kernel = low[0].a.shape[2:]
-        a, b = a.reshape(len(a), *low[0].a.shape[1:]), b.reshape(*b.shape, *[1 for _ in kernel])
-        return LowRank(held(a), held(b), 1.0)
+        return product(b, a, low[0].a.shape[1:])
     total = materialise(deltas[0])
     for delta in deltas[1:]:
-        total = total + materialise(delta)
+        total = total + materialise(delta).reshape(total.shape)
     return Dense(held(total))
 
 
-def within(
-    then: LowRank | Renormed | None, change: Callable[[Kind], Kind]
-) -> LowRank | Renormed | None:
+def same_shape(deltas: Sequence[Additive]) -> None:
+    """FitError `shape_mismatch` unless all deltas are of one matrix or kernel."""
+    shapes = dict.fromkeys(_without_ones(shape(d)) for d in deltas)
+    if len(shapes) > 1:
+        listed = " and ".join(str(s) for s in shapes)
+        raise error("shape_mismatch", f"updates of shapes {listed} have no sum; of two bases?")
+
+
+def _without_ones(shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """A 1x1 convolution and a linear layer hold the same matrix."""
+    assert shape is not None
+    return shape[:2] if math.prod(shape[2:]) == 1 else shape
+
+
+def within(then: Then | None, change: Callable[[Kind], Kind]) -> Then | None:
     """What is applied on top of a replaced weight, changed."""
     if then is None:
         return None
     changed = change(then)
-    assert isinstance(changed, LowRank | Renormed)
+    assert isinstance(changed, Then)
     return changed
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loratools.adapter import Dense, Kind, Leaf, LowRank, Renormed, Replace
-from loratools.algebra import additive, factors, held, widen, within
+from loratools.algebra import additive, factors, held, product, shape, widen, within
 from loratools.errors import error
 
 
@@ -43,7 +43,7 @@ def as_stored(delta: Kind) -> Kind:
         case LowRank() | Renormed():
             return transpose(delta)
         case Replace(then=then):
-            return replace(delta, then=within(then, transpose))
+            return replace(delta, then=within(then, as_stored))
         case Dense():
             return delta
         case _:
@@ -57,11 +57,16 @@ def rows(delta: Kind, start: int, stop: int) -> Kind:
 
 def permute(delta: Kind, order: Sequence[int]) -> Kind:
     """The delta whose row i is row order[i] of this one."""
+    whole = shape(delta)
+    if whole and sorted(order) != list(range(whole[0])):
+        raise error("usage", f"an order of {len(order)} is no permutation of {whole[0]} rows")
     return _on_rows(delta, lambda t: t[torch.as_tensor(order)])
 
 
 def _on_rows(delta: Kind, pick: Callable[[Tensor], Tensor]) -> Kind:
     def picked(leaf: Leaf) -> Leaf:
+        if not leaf.shape:
+            raise error("usage", f"{leaf.name} is a single number: it has no rows")
         return held(pick(leaf.tensor()).contiguous(), leaf.name)
 
     match delta:
@@ -86,15 +91,14 @@ def _on_rows(delta: Kind, pick: Callable[[Tensor], Tensor]) -> Kind:
 
 def stack(deltas: Sequence[Kind]) -> Kind:
     """One delta over the stacked rows of all, as in fusing q, k, v: B block-diagonal, A stacked."""
-    first = deltas[0]
-    match first:
-        case LowRank():
+    first, inner = next(iter(deltas), None), {s[1:] for s in map(shape, deltas) if s is not None}
+    match first if len(inner) == 1 else None:
+        case LowRank(a=one):
             low = [d for d in deltas if isinstance(d, LowRank)]
             if len(low) == len(deltas):
                 pairs = [factors(d) for d in low]
                 b: Tensor = torch.block_diag(*[b for b, _ in pairs])  # type: ignore[no-untyped-call]
-                a = torch.cat([a for _, a in pairs])
-                return LowRank(held(a.reshape(len(a), *first.a.shape[1:])), held(b), 1.0)
+                return product(b, torch.cat([a for _, a in pairs]), one.shape[1:])
         case Dense():
             dense = [d for d in deltas if isinstance(d, Dense)]
             if len(dense) == len(deltas):
@@ -102,19 +106,19 @@ def stack(deltas: Sequence[Kind]) -> Kind:
         case Renormed(axis="out"):
             normed = [d for d in deltas if isinstance(d, Renormed) and d.axis == "out"]
             if len(normed) == len(deltas):
-                inner = additive(stack([d.delta for d in normed]))
                 m = torch.cat([widen(d.magnitude).reshape(-1) for d in normed])
-                return Renormed(inner, held(m))
+                return Renormed(additive(stack([d.delta for d in normed])), held(m))
         case Replace(rows=None, then=None):
-            whole = [d for d in deltas if isinstance(d, Replace) and not (d.rows or d.then)]
+            whole = [d for d in deltas if isinstance(d, Replace) and d.rows is None is d.then]
             if len(whole) == len(deltas):
                 return Replace(held(torch.cat([d.value.tensor() for d in whole])))
-        case Renormed() | Replace():
+        case Renormed() | Replace() | None:
             pass
-        case _:
-            assert_never(first)
+        case other:
+            assert_never(other)
     names = ", ".join(type(d).__name__ for d in deltas)
-    raise error("usage", f"these deltas have no common stacked form: {names}")
+    shapes = ", ".join(str(shape(d)) for d in deltas)
+    raise error("usage", f"these deltas have no stacked form: {names} of shapes {shapes}")
 
 
 def _flat(*leaves: Leaf) -> None:

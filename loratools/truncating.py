@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loratools.adapter import Kind, LowRank
-from loratools.algebra import factors, held, materialise, matrix
+from loratools.algebra import factors, materialise, matrix, product
 from loratools.errors import error
 
 
@@ -79,10 +79,8 @@ def _cut(
 ) -> Truncated:
     k = kept_rank(s, rank=rank, energy=energy)
     root = s[:k].sqrt()
-    a = (root[:, None] * vt[:k]).reshape(k, *inner)
-    b = (u[:, :k] * root).reshape(len(u), k, *[1 for _ in inner[1:]])
-    residual, total = float(s[k:].square().sum()), float(s.square().sum())
-    return Truncated(LowRank(held(a), held(b), 1.0), residual, total)
+    short = product(u[:, :k] * root, root[:, None] * vt[:k], inner)
+    return Truncated(short, float(s[k:].square().sum()), float(s.square().sum()))
 
 
 def to_low_rank(

@@ -208,7 +208,9 @@ def _weight(name: str, delta: Kind) -> Matrix:
     match delta:
         case LowRank(a=a, b=b) | Renormed(delta=LowRank(a=a, b=b)):
             shape: tuple[int, ...] = (b.shape[0], *a.shape[1:])
-        case Dense(diff=whole) | Renormed(delta=Dense(diff=whole)) | Replace(value=whole, rows=None):
+        case (
+            Dense(diff=whole) | Renormed(delta=Dense(diff=whole)) | Replace(value=whole, rows=None)
+        ):
             shape = whole.shape
         case _:
             shape = SHAPE

@@ -9,20 +9,21 @@ import typer
 from loratools.errors import error
 
 FOLD = "folding is: loratools merge ADAPTER --base BASE -o OUT"
+UPLOAD = "an output is ready for: hf upload ORG/NAME OUT"
 INSTEAD = {
     "fold": FOLD,
     "fuse": FOLD,
     "merge-lora": FOLD,
     "resize": "another rank is: loratools convert ADAPTER --rank N -o OUT",
     "validate": "checking is: loratools check ADAPTER --base BASE",
-    "diff": "what an output was made from: loratools verify OUT",
-    "upload": "the folder is ready for: hf upload ORG/NAME OUT",
+    "diff": "comparing adapters is `compare`, which this version does not have",
+    "upload": f"publishing is `push`, which this version does not have; {UPLOAD}",
 }
 LATER = {
-    "extract": "a fine-tuned model cannot be turned into an adapter yet",
-    "export": "ONNX graphs cannot be written yet",
-    "compare": "overlap and interference cannot be measured yet",
-    "push": "publishing is not in it yet; the folder is ready for: hf upload ORG/NAME OUT",
+    "extract": "it makes no adapter of a fine-tuned model",
+    "export": "it writes no ONNX graphs",
+    "compare": "it measures no overlap of adapters",
+    "push": UPLOAD,
 }
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from textwrap import wrap
 from typing import Annotated
 
 import typer
 
 from loratools.cli import options
+from loratools.cli.pages import entry
 from loratools.cli.screen import say, say_json, strong, width
 from loratools.errors import CODES
 
@@ -42,8 +42,9 @@ def command(
         say_json(found[0].as_json() if code else {"items": [f.as_json() for f in found]})
         return
     if code is None:
+        say(strong(f"  {'code':<18}  exit  meaning"))
         for one in found:
-            say(f"  {one.code:<20}{one.exit:>2}  {one.meaning}")
+            say("\n".join(entry(f"{one.code:<18}  {one.exit:>4}", one.meaning, 24, width())))
         return
     one = found[0]
     say(f"{strong(one.code)}: {one.meaning}")
@@ -53,7 +54,4 @@ def command(
         ("remedy", one.remedy),
         ("exit", f"{one.exit}; {waive}"),
     ):
-        first, *more = wrap(text, width() - 12)
-        say(f"  {name:<10}{first}")
-        for line in more:
-            say(f"{'':12}{line}")
+        say("\n".join(entry(name, text, 8, width())))

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loratools.cli import options
-from loratools.cli.screen import columns, problem_lines, safe, say, say_json, strong, width
+from loratools.cli.pages import entry
+from loratools.cli.screen import (
+    columns,
+    counted,
+    problem_lines,
+    safe,
+    say,
+    say_json,
+    strong,
+    typed,
+    width,
+)
 from loratools.errors import shown
 
 if TYPE_CHECKING:
@@ -69,10 +79,8 @@ def _one(found: Inspection) -> None:
         ("foldable", "yes" if found.foldable else "no"),
     ]
     for name, text in rows:
-        first, *more = wrap(text.replace(" (", "\N{NO-BREAK SPACE}("), width() - 14) or ["-"]
-        say(f"  {name:<12}{_spaced(first)}")
-        for line in more:
-            say(f"{'':14}{_spaced(line)}")
+        lines = entry(name, text.replace(" (", "\N{NO-BREAK SPACE}("), 10, width())
+        say("\n".join(lines).replace("\N{NO-BREAK SPACE}", " "))
     for line in problem_lines(found.problems):
         say(line)
 
@@ -101,12 +109,9 @@ def _table(found: Sequence[Inspection]) -> None:
     for one in found:
         if one.format is None:
             say(f"  {safe(one.source)}: no adapter; it looks like {safe(one.looks_like or '')}")
-        for line in problem_lines(one.problems):
-            say(line)
-
-
-def _spaced(line: str) -> str:
-    return line.replace("\N{NO-BREAK SPACE}", " ")
+        elif one.problems:
+            place = typed(one.source)
+            say(f"  {safe(one.source)}: {counted(one.problems)}; see loratools inspect {place}")
 
 
 def _base(found: Inspection) -> str:

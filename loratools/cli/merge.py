@@ -195,7 +195,7 @@ def summary(result: MergeResult, *, folded: bool) -> None:
     for note in result.notes:
         say(f"  {safe(note)}")
     if result.continued:
-        say(f"  went on after {len(result.continued)} finished shards")
+        say(f"  went on after what was finished: {', '.join(result.continued)}")
     if result.weaker:
         say("  moved in file by file: the output's folder could not be renamed")
     for line in problem_lines(result.problems):

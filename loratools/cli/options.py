@@ -10,7 +10,7 @@ import typer
 from loratools.cli.pages import print_page
 
 FILES = "Sources and output"
-MATHS = "Merging"
+MATHS = "Arithmetic"
 PARTS = "Parts"
 JUDGING = "Refusals"
 RUNNING = "Running"
@@ -85,7 +85,7 @@ Hash = Annotated[
     ),
 ]
 
-# ------------------------------------------------------------------------------- merging
+# ------------------------------------------------------------------------------- arithmetic
 
 Weights = Annotated[
     list[str] | None,

@@ -31,7 +31,7 @@ def page(command: Any, path: str, columns: int) -> Iterator[str]:
         yield strong(f"{title}:")
         left = max(len(name) for name, _ in entries) if title == "Commands" else LEFT
         for name, text in entries:
-            yield from _entry(name, text, left, columns)
+            yield from entry(name, text, left, columns)
     if command.epilog:
         yield ""
         yield strong("Examples:")
@@ -74,7 +74,8 @@ def _of(command: Any, kind: str) -> list[Any]:
     return [p for p in command.params if p.param_type_name == kind]
 
 
-def _entry(name: str, text: str, left: int, columns: int) -> Iterator[str]:
+def entry(name: str, text: str, left: int, columns: int) -> Iterator[str]:
+    """A name in a column of `left` characters, and beside it what it means."""
     lines = wrap(text, columns - left - 4)
     if len(name) > left:
         yield f"  {name}"

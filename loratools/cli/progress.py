@@ -48,7 +48,7 @@ def _bar() -> Iterator[Told]:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
-        console=Console(stderr=True, no_color=True),
+        console=Console(stderr=True, force_terminal=True, no_color=True),
         transient=True,
     )
     with shown:

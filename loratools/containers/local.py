@@ -56,9 +56,8 @@ class LocalFile:
                 f"{shown(self.name)}: {length} bytes were asked for at {offset}, "
                 f"the file has {self.size}",
             )
-        fd, identity = self._open()
+        fd, _ = self._open()
         try:
-            self._require_same(identity)
             os.lseek(fd, offset, os.SEEK_SET)
             pieces: list[bytes] = []
             missing = length
@@ -68,7 +67,7 @@ class LocalFile:
                     break
                 pieces.append(piece)
                 missing -= len(piece)
-            # Asked again afterwards: a writer may have come in between.
+            # Afterwards, so that a writer who came in between is noticed too.
             self._require_same(_identity(os.fstat(fd)))
         except OSError as cause:
             raise self._unreadable(cause) from cause

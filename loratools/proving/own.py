@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isclose
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from loratools.adapter import Adapter, Kind, Leaf, LowRank, leaves
+from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Renormed, Replace, leaves
 from loratools.algebra import factors
 from loratools.folding import Cut, Desk, fold_target, leaf_rows, torch_dtype
 from loratools.plan import Plan, Target
@@ -91,7 +93,7 @@ def replay_fold(
 
 
 def _target(plan: Plan, piece: Piece) -> Target | None:
-    """What is folded into a piece; its name in the output may have a prefix that the base's lacks."""
+    """What is folded into a piece; the output's name may have a prefix that the base's lacks."""
     target = plan.targets.get(piece.name)
     if target is None and piece.base is not None:
         target = plan.targets.get(piece.base.name)
@@ -129,18 +131,42 @@ def replay_merge(
 
 
 def _delta(key: str, mine: Kind, its: Kind, file: str | None, same_class: bool) -> list[Mismatch]:
-    if isinstance(mine, LowRank) and isinstance(its, LowRank):
-        if not same_class:
-            return _products(key, mine, its, file)
-        if mine.scaling != its.scaling:
-            what = f"has scaling {its.scaling:g}, expected {mine.scaling:g}"
-            return [Mismatch(what, key, file)]
+    if not same_class and isinstance(mine, LowRank) and isinstance(its, LowRank):
+        return _products(key, mine, its, file)
     pairs = list(zip(leaves(mine), leaves(its), strict=False))
     same = [(a.dtype, a.shape) == (b.dtype, b.shape) for a, b in pairs]
-    if type(mine) is not type(its) or len(pairs) != len(list(leaves(mine))) or not all(same):
+    if _form(mine) != _form(its) or not all(same):
         return [Mismatch("has another kind, rank, shape or dtype", key, file)]
+    for due, there in zip(_scalings(mine), _scalings(its), strict=True):
+        if not isclose(due, there, rel_tol=1e-12):
+            return [Mismatch(f"has scaling {there:g}, expected {due:g}", key, file)]
     found = [_mismatch(compare_leaves(a, b), b, file, "merged again it differs") for a, b in pairs]
     return [m for m in found if m is not None]
+
+
+def _form(delta: Kind) -> tuple[object, ...]:
+    """What a delta is, apart from its numbers."""
+    match delta:
+        case LowRank() | Dense():
+            return (type(delta),)
+        case Renormed(delta=inner, axis=axis):
+            return (Renormed, axis, *_form(inner))
+        case Replace(rows=rows, then=then):
+            return (Replace, rows, *(() if then is None else _form(then)))
+        case _:
+            assert_never(delta)
+
+
+def _scalings(delta: Kind) -> list[float]:
+    match delta:
+        case LowRank(scaling=scaling) | Dense(scaling=scaling):
+            return [scaling]
+        case Renormed(delta=inner):
+            return _scalings(inner)
+        case Replace(then=then):
+            return [] if then is None else _scalings(then)
+        case _:
+            assert_never(delta)
 
 
 def _products(key: str, mine: LowRank, its: LowRank, file: str | None) -> list[Mismatch]:

@@ -1,0 +1,313 @@
+"""The half of `verify` that goes by a receipt: files, digests, and the recipe carried out again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from loratools import formats, receipt
+from loratools.adapter import Adapter, Leaf
+from loratools.commands.check import fit
+from loratools.commands.companions import changed_config
+from loratools.commands.folded import output_shards
+from loratools.commands.merge import merge_adapters
+from loratools.commands.verify import Progress, VerifyResult
+from loratools.containers.local import LocalFile
+from loratools.errors import LoratoolsError, error, shown
+from loratools.folding import Cut
+from loratools.proving.differences import Mismatch
+from loratools.proving.own import Replayed, replay_fold, replay_merge
+from loratools.receipt import Receipt
+from loratools.weights.base import Base, headers
+from loratools.weights.placing import WEIGHTS
+
+if TYPE_CHECKING:
+    import torch
+
+# What a reader of the output would take up beside the weights.
+READ_TOO = WEIGHTS | {".json", ".jinja", ".py", ".model"}
+
+
+@dataclass(slots=True)
+class _Proof:
+    """One receipt while it is checked."""
+
+    receipt: Receipt
+    model: Path
+    mismatches: list[Mismatch] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    hashed: set[str] = field(default_factory=set)  # files whose whole-file sha256 agrees
+
+    def part(self, *keys: str, kind: type = dict) -> Any:
+        """An entry of the receipt of the expected kind; MalformedError for another."""
+        value = self.receipt.get(*keys)
+        if not isinstance(value, kind):
+            name = ".".join(keys)
+            raise error("malformed", f"{shown(self.receipt.path)}: {name} is no {kind.__name__}")
+        return value
+
+
+def by_receipt(
+    found: Receipt,
+    model: Path,
+    base: str | Path | None,
+    adapters: Sequence[str | Path],
+    inputs: Sequence[str | Path],
+    *,
+    progress: Progress | None = None,
+) -> VerifyResult:
+    """Prove an output by its receipt: hashes always, the replay where the inputs are found."""
+    proof = _Proof(found, model)
+    _files(proof)
+    sources = _Sources(proof, base, adapters, inputs)
+    is_fold = isinstance(found.get("recipe", "base"), Mapping)
+    try:
+        checked = _digests(proof) if is_fold else len(formats.read(model).deltas)
+        replayed = (_fold if is_fold else _merge)(proof, sources, progress)
+    except LoratoolsError:
+        if not proof.mismatches:
+            raise
+        checked, replayed = 0, None  # the files are known to be wrong, and cannot even be read
+    if replayed is not None:
+        proof.mismatches += replayed.mismatches
+        checked = replayed.checked
+    return VerifyResult(
+        ok=not proof.mismatches,
+        proved="hashes" if replayed is None else "replay",
+        checked=checked,
+        mismatches=tuple(proof.mismatches),
+        notes=tuple(proof.notes),
+    )
+
+
+# ------------------------------------------------------------------------------- hashes
+
+
+def _files(proof: _Proof) -> None:
+    """Every listed file with its size and hash; nothing beside them that a reader would take."""
+    folder, outputs = proof.receipt.folder, proof.part("outputs")
+    for name, entry in outputs.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or "\\" in name or "\0" in name:
+            raise error("hostile", f"{shown(proof.receipt.path)} names a file {shown(name)}")
+        path = folder / name
+        if not path.is_file():
+            proof.mismatches.append(Mismatch("missing", None, name))
+            continue
+        file, known = LocalFile(path), entry if isinstance(entry, Mapping) else {}
+        if known.get("size") != file.size:
+            what = f"has {file.size} bytes, the receipt says {shown(known.get('size'))}"
+            proof.mismatches.append(Mismatch(what, None, name))
+        elif "sha256" in known and known["sha256"] != file.fingerprint():
+            proof.mismatches.append(Mismatch("has another sha256", None, name))
+        elif "sha256" in known:
+            proof.hashed.add(name)
+    if proof.model.is_dir():
+        for path in sorted(folder.iterdir()):
+            is_read = path.suffix.lower() in READ_TOO and path.name != receipt.NAME
+            if is_read and path.name not in outputs and path.is_file():
+                proof.mismatches.append(Mismatch("not in the receipt", None, path.name))
+
+
+def _digests(proof: _Proof) -> int:
+    """Touched tensors against the receipt's digests, in files without a hash that agrees."""
+    written = headers(proof.model)
+    targets = proof.part("targets")
+    known: dict[str, tuple[Leaf, str]] = {
+        name: (leaf, shard.name) for shard in written.shards for name, leaf in shard.leaves.items()
+    }
+    checked = sum(file in proof.hashed for _, file in known.values())
+    for name, entry in targets.items():
+        due = entry.get("sha256") if isinstance(entry, Mapping) else None
+        if name not in known:
+            proof.mismatches.append(Mismatch("missing", name))
+            continue
+        leaf, file = known[name]
+        if file in proof.hashed or not due:
+            continue
+        checked += 1
+        if _digest(leaf) != due:
+            proof.mismatches.append(Mismatch("has another sha256", name, file))
+    return checked
+
+
+def _digest(leaf: Leaf, step: int = 8 << 20) -> str:
+    found = hashlib.sha256()
+    assert leaf.source is not None
+    for at in range(0, leaf.nbytes, step):
+        found.update(leaf.source.read(leaf.offset + at, min(step, leaf.nbytes - at)))
+    return found.hexdigest()
+
+
+# ------------------------------------------------------------------------------- inputs
+
+
+class _Sources:
+    """The inputs of a receipt, looked for by name and accepted only by fingerprint."""
+
+    def __init__(
+        self,
+        proof: _Proof,
+        base: str | Path | None,
+        adapters: Sequence[str | Path],
+        inputs: Sequence[str | Path],
+    ) -> None:
+        self.proof = proof
+        self.given_base = None if base is None else headers(base)
+        self.given = [Path(a) for a in adapters]
+        self.folders = [*(Path(i) for i in inputs), proof.receipt.folder.parent, Path()]
+        self.used: set[Path] = set()
+
+    def base(self) -> Base | None:
+        """The base; StorageError `input_changed` where another one was given."""
+        entry = self.proof.part("recipe", "base")
+        due = entry.get("fingerprint")
+        if self.given_base is not None:
+            if receipt.base_fingerprint(self.given_base) != due:
+                raise error(
+                    "input_changed",
+                    f"{shown(self.given_base.name)} is not the base that the receipt names "
+                    "(another fingerprint)",
+                )
+            return self.given_base
+        for path in self.candidates(entry):
+            try:
+                found = headers(path)
+                if receipt.base_fingerprint(found) == due:
+                    return found
+            except LoratoolsError:
+                continue  # something else of the same name
+        self.absent(entry, "base")
+        return None
+
+    def adapters(self) -> list[Adapter] | None:
+        """The adapters in the recipe's order; None where one is not found."""
+        entries = self.proof.part("recipe", "adapters", kind=list)
+        found = []
+        for entry in entries:
+            if not isinstance(entry, Mapping):
+                raise error("malformed", f"{shown(self.proof.receipt.path)}: adapters")
+            found.append(self.adapter(entry))
+        unused = [p for p in self.given if p not in self.used]
+        if unused:
+            raise error(
+                "input_changed",
+                f"{shown(unused[0])} is none of the adapters that the receipt names "
+                "(another fingerprint)",
+            )
+        whole = [a for a in found if a is not None]
+        return whole if len(whole) == len(found) else None
+
+    def adapter(self, entry: Mapping[str, Any]) -> Adapter | None:
+        assumed = entry.get("assumed")
+        assume = {str(k): str(v) for k, v in assumed.items()} if isinstance(assumed, dict) else {}
+        for path in [*self.given, *self.candidates(entry)]:
+            try:
+                found = formats.read(path, assume=assume)
+                if receipt.fingerprint(found) == entry.get("fingerprint"):
+                    self.used.add(path)
+                    return found
+            except LoratoolsError:
+                if path in self.given:
+                    raise
+        self.absent(entry, "adapter")
+        return None
+
+    def candidates(self, entry: Mapping[str, Any]) -> Iterator[Path]:
+        """Where an input may lie: as typed, or by its last name, in each of the folders."""
+        source = Path(str(entry.get("source", "")))
+        for folder in self.folders:
+            for name in dict.fromkeys((source, Path(source.name))):
+                if not name.is_absolute() and (folder / name).exists():
+                    yield folder / name
+            if folder.exists() and folder not in (self.proof.receipt.folder.parent, Path()):
+                yield folder
+
+    def absent(self, entry: Mapping[str, Any], what: str) -> None:
+        source = shown(entry.get("source"))
+        self.proof.notes.append(f"the {what} {source} was not found; name it to replay the fold")
+
+
+# ------------------------------------------------------------------------------- replay
+
+
+def _fold(proof: _Proof, sources: _Sources, progress: Progress | None) -> Replayed | None:
+    base, adapters = sources.base(), sources.adapters()
+    if base is None or adapters is None:
+        return None
+    recipe = proof.part("recipe")
+    plan, _ = fit(
+        adapters,
+        base,
+        weights=_weights(proof),
+        only=recipe.get("only") or (),
+        skip=recipe.get("skip") or (),
+        ties=recipe.get("ties"),
+    )
+    assert plan is not None
+    device, same = _arithmetic(proof)
+    rank, energy = recipe.get("rank"), recipe.get("energy")
+    written = headers(proof.model)
+    replayed = replay_fold(
+        plan,
+        output_shards(plan, recipe.get("dtype")),
+        written,
+        cut=None if rank is None and energy is None else Cut(rank, energy),
+        device=device,
+        tolerance=0 if same else 1,
+        progress=progress,
+    )
+    if replayed.near:
+        proof.notes.append(f"{replayed.near} elements differ by 1 ulp, as another arithmetic may")
+    if proof.model.is_dir() and base.config:
+        due = changed_config(plan, recipe.get("dtype"))
+        for key in due.keys() | written.config.keys():
+            if due.get(key) != written.config.get(key):
+                what = f"{shown(key)} is {shown(written.config.get(key))}"
+                what += f", expected {shown(due.get(key))}"
+                replayed.mismatches.append(Mismatch(what, None, "config.json"))
+    return replayed
+
+
+def _merge(proof: _Proof, sources: _Sources, progress: Progress | None) -> Replayed | None:
+    adapters = sources.adapters()
+    if adapters is None:
+        return None
+    recipe, (_, same) = proof.part("recipe"), _arithmetic(proof)
+    merged = merge_adapters(
+        adapters,
+        _weights(proof),
+        method=recipe.get("method", "linear"),
+        rank=recipe.get("rank"),
+        energy=recipe.get("energy"),
+        dtype=recipe.get("dtype"),
+        only=recipe.get("only") or (),
+        skip=recipe.get("skip") or (),
+    )
+    written = formats.read(proof.model)
+    return replay_merge(
+        merged.adapter, written, file=next(iter(written.files), None), same_class=same
+    )
+
+
+def _weights(proof: _Proof) -> list[float]:
+    weights = [e.get("weight") for e in proof.part("recipe", "adapters", kind=list)]
+    if not all(isinstance(w, int | float) for w in weights):
+        raise error("malformed", f"{shown(proof.receipt.path)}: a weight is no number")
+    return [float(w) for w in weights]
+
+
+def _arithmetic(proof: _Proof) -> tuple[torch.device, bool]:
+    """Where to compute, and whether the arithmetic is that of the receipt."""
+    import torch
+
+    said = proof.part("arithmetic")
+    name = str(said.get("device"))
+    on_gpu = name.startswith("cuda") and torch.cuda.is_available()
+    same = receipt.arithmetic(name if on_gpu else "cpu") == said
+    if not same:
+        proof.notes.append("made with another arithmetic: elements may differ by 1 ulp")
+    return torch.device("cuda" if on_gpu else "cpu"), same

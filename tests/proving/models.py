@@ -1,0 +1,132 @@
+"""Tiny real models, adapters as a training leaves them, and PEFT's own folds of these."""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft.tuners.lora.layer import LoraLayer
+
+transformers.logging.disable_progress_bar()
+
+UPDATE = 0.03  # norm of an update over its weight's
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA = SIZES | {"tie_word_embeddings": False, "attention_bias": True}
+GPT2 = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
+GPT2 |= {"initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2}
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", LLAMA),
+    "tied": ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True}),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "bert": ("BertModel", SIZES),
+}
+# What adapters are trained on, where it is another class than the base's.
+TRAINED = {"bert": "BertForSequenceClassification"}
+
+
+def save_base(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 1) -> Path:
+    torch.manual_seed(seed)
+    kind, sizes = BASES[name]
+    made = getattr(transformers, kind)
+    model = made(made.config_class(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(name: str, folder: Path, dtype: torch.dtype | None = None) -> transformers.PreTrainedModel:
+    kind = TRAINED.get(name, BASES[name][0])
+    torch.manual_seed(2)
+    extra = {"num_labels": 3} if name in TRAINED else {}
+    made = getattr(transformers, kind)
+    return made.from_pretrained(folder, dtype=dtype or "auto", **extra).eval()
+
+
+def train(
+    name: str,
+    base: Path,
+    folder: Path,
+    *,
+    seed: int = 3,
+    update: float = UPDATE,
+    stored: torch.dtype | None = None,
+    **options: Any,
+) -> Path:
+    """An adapter saved by PEFT, every number of it as far from zero as after a training."""
+    model = load(name, base, torch.float32)
+    torch.manual_seed(seed)
+    options.setdefault("r", 8)
+    options.setdefault("lora_alpha", 12)
+    if name == "gpt2":
+        options.setdefault("fan_in_fan_out", True)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+    with torch.no_grad():
+        for key, parameter in wrapped.named_parameters():
+            if "lora_magnitude_vector" in key:
+                parameter *= 1 + 0.05 * torch.randn_like(parameter)
+            elif "lora_" in key:
+                parameter.copy_(torch.randn_like(parameter))
+            elif parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+        for layer in wrapped.modules():
+            if isinstance(layer, LoraLayer):
+                embedding = "default" in layer.lora_embedding_B
+                up = layer.lora_embedding_B["default"] if embedding else layer.lora_B["default"].weight
+                up *= update * layer.get_base_layer().weight.norm()
+                up /= layer.get_delta_weight("default").norm()
+                if layer.lora_bias.get("default"):
+                    layer.lora_B["default"].bias *= 0.01
+    if stored is not None:
+        wrapped.to(stored)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def fold(
+    name: str,
+    base: Path,
+    adapters: Sequence[Path],
+    out: Path,
+    *,
+    safe: bool = False,
+    dtype: torch.dtype | None = None,
+    cast: bool = True,
+    together: bool = False,
+    **saving: Any,
+) -> Path:
+    """PEFT's own fold: one adapter into the result of the other, or (`together`) all as one call."""
+    model = load(name, base, dtype)
+    if together:
+        wrapped = peft.PeftModel.from_pretrained(
+            model, adapters[0], adapter_name="a0", autocast_adapter_dtype=cast
+        )
+        for number, adapter in enumerate(adapters[1:], 1):
+            wrapped.load_adapter(adapter, f"a{number}", autocast_adapter_dtype=cast)
+        wrapped.base_model.set_adapter([f"a{i}" for i in range(len(adapters))])
+        model = wrapped.merge_and_unload(safe_merge=safe)
+    else:
+        for adapter in adapters:
+            wrapped = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=cast)
+            model = wrapped.merge_and_unload(safe_merge=safe)
+    model.save_pretrained(out, **saving)
+    return out
