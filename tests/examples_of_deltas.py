@@ -189,6 +189,10 @@ _DELTAS: dict[str, Kind] = {
     "replace, then low rank": Replace(leaf(66, *SHAPE), then=PAIR),
     "replace, then renormed": Replace(leaf(67, *SHAPE), then=NORMED),
     "replace, then renormed in": Replace(leaf(68, *SHAPE), then=NORMED_IN),
+    "replace, then rows": Replace(leaf(80, *SHAPE), then=Replace(leaf(81, 1, 5), rows=(3,))),
+    "replace, then rows, then renormed in": Replace(
+        leaf(82, *SHAPE), then=Replace(leaf(83, 2, 5), rows=(3, 0), then=NORMED_IN)
+    ),
     "replace rows": Replace(leaf(69, 3, 5), rows=(4, 0, 2)),
     "replace rows, none": Replace(leaf(70, 0, 5), rows=()),
     "replace rows, bias": Replace(leaf(71, 2), rows=(6, 1)),

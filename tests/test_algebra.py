@@ -1,6 +1,7 @@
 """Deltas applied, prepared, summed and scaled, against dense matrices from first principles."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def rows_of(w0: np.ndarray) -> torch.Tensor:
 
 def tiles_of(matrix: torch.Tensor, cuts: list[int]) -> list[tuple[int, torch.Tensor]]:
     edges = sorted({0, len(matrix), *(c % (len(matrix) + 1) for c in cuts)})
-    return [(a, matrix[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [(a, matrix[a:b]) for a, b in pairwise(edges)]
 
 
 def refused(code: str, call, *arguments) -> None:
@@ -249,10 +250,10 @@ def test_bits_do_not_depend_on_the_number_of_threads():
              lengths(10, 300), "in"))]  # fmt: skip
     found = []
     before = torch.get_num_threads()
+    tiles = [(at, w0[at : at + 100]) for at in range(0, 700, 100)]
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            tiles = [(at, w0[at : at + 100]) for at in range(0, 700, 100)]
             ready = [(w, algebra.prepare(d, lambda: iter(tiles))) for w, d in terms]
             found.append(torch.cat([algebra.combine(ready, tile, at) for at, tile in tiles]))
     finally:
@@ -339,6 +340,8 @@ def test_the_examples_hold_every_kind_and_variant():
     over = {
         (e.delta.rows is None, type(e.delta.then)) for e in EXAMPLES if isinstance(e.delta, Replace)
     }
-    assert over == {(w, k) for w in (True, False) for k in (type(None), LowRank, Renormed)}
+    assert over == {(w, k) for w in (True, False) for k in (type(None), LowRank, Renormed)} | {
+        (True, Replace)
+    }
     assert len(BY_NAME) == len(EXAMPLES)
     assert isinstance(EXAMPLES[0], Example)

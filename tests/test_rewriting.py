@@ -1,4 +1,4 @@
-"""Deltas for another layout of the same weight: each must change it as the first changed the first."""
+"""Deltas rewritten for another layout change that layout's weight as the first did the first."""
 
 from dataclasses import replace
 
@@ -60,8 +60,8 @@ def repr_of(delta: Kind | None) -> object:
     return type(delta), fields
 
 
-def by_rows(delta: Kind) -> bool:
-    return isinstance(delta, Replace) and delta.rows is not None
+def by_rows(delta: Kind | None) -> bool:
+    return isinstance(delta, Replace) and (delta.rows is not None or by_rows(delta.then))
 
 
 def column_norm(delta: Kind | None) -> bool:
@@ -84,6 +84,13 @@ def test_the_transposed_delta_changes_the_transposed_weight(example):
     assert same(rewriting.transpose(turned), example.delta)
 
 
+def of_the_module(then: Kind) -> Kind:
+    """What is applied upon a stored tensor, the way a module with another orientation has it."""
+    if not isinstance(then, Replace):
+        return rewriting.transpose(then)
+    return then if then.then is None else replace(then, then=of_the_module(then.then))
+
+
 @each
 def test_as_stored_turns_all_but_full_tensors(example):
     delta = example.delta
@@ -92,7 +99,7 @@ def test_as_stored_turns_all_but_full_tensors(example):
         assert rewriting.as_stored(delta) == delta
     elif isinstance(delta, Replace):
         # What is applied upon a full tensor is given for the module, the tensor as it is stored.
-        mirrored = replace(delta, then=rewriting.transpose(delta.then))
+        mirrored = replace(delta, then=of_the_module(delta.then))
         found = rewriting.as_stored(mirrored)
         close(folded(found, example.w0), example.folded)
     elif example.w0.ndim == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -11,10 +12,11 @@ from loratools.cli import options
 from loratools.cli.merge import parsed
 from loratools.cli.progress import progress
 from loratools.cli.screen import LISTED, safe, say, say_json, strong
+from loratools.errors import shown
 
 EXAMPLES = """\
 loratools verify folded
-loratools verify folded --require replay     # make it again and compare
+loratools verify folded --require replay      # all inputs must be there
 loratools verify model --base base --adapter my-lora"""
 
 
@@ -25,13 +27,15 @@ class Proofs(StrEnum):
     replay = "replay"
 
 
-Model = Annotated[str, typer.Argument(metavar="OUT", help="The output to prove.")]
+Model = Annotated[
+    str, typer.Argument(metavar="OUT", help="The output to prove, or the fold of another tool.")
+]
 Adapter = Annotated[
     list[str] | None,
     typer.Option(
         "--adapter",
         metavar="ADAPTER",
-        help="An adapter that was folded in. Repeatable.",
+        help="An adapter it was made from; PATH:0.7 gives one its weight. Repeatable.",
         rich_help_panel=options.FILES,
     ),
 ]
@@ -51,6 +55,11 @@ def command(
     base: options.Base = None,
     adapter: Adapter = None,
     weights: options.Weights = None,
+    only: options.Only = None,
+    skip: options.Skip = None,
+    tied: options.Tied = False,
+    untie: options.Untie = False,
+    allow: options.Allow = None,
     require: Require = None,
     quiet: options.Quiet = False,
     how: options.Progress = options.Bars.auto,
@@ -58,9 +67,11 @@ def command(
     debug: options.Debug = False,
     help_page: options.Help = False,
 ) -> None:
-    """Prove that an output is what its receipt says; or, of a model, what the maths says.
+    """Prove that an output is what its receipt says; of another tool's fold, what the maths says.
 
-    The exit status is 8 where the proof fails.
+    A receipt's hashes are compared, and where the inputs are found (given here, beside the output
+    or in the working folder) everything is computed again. Without a receipt --base and every
+    --adapter are needed. The exit status is 8 where the proof fails.
     """
     from loratools.commands.verify import verify
 
@@ -71,24 +82,48 @@ def command(
             adapters=adapter or (),
             weights=parsed(weights),
             require=require and require.value,
+            only=only or (),
+            skip=skip or (),
+            tied=tied,
+            untie=untie,
+            allow=allow or (),
             progress=told,
         )
-    table = result.as_json()
     if as_json:
-        say_json(table)
+        say_json(result.as_json())
     elif not quiet or not result.ok:
-        _verdict(table)
+        _verdict(result.as_json())
     if not result.ok:
         raise typer.Exit(8)
 
 
-def _verdict(table: dict[str, Any]) -> None:
+def _verdict(table: Mapping[str, Any]) -> None:
     wrong = table["mismatches"]
     for one in wrong[:LISTED]:
-        say(f"  {safe(str(one))}")
+        say(f"  {_mismatch(one)}")
     if len(wrong) > LISTED:
         say(f"  ... and {len(wrong) - LISTED} more")
+    if table["rule"]:
+        say(f"  rounding: {safe(table['rule'])}")
+    match table["strength"]:
+        case {"scaling": scaling, "standard_error": error}:
+            say(f"  strength: {scaling:.4g} of the update, give or take {error:.1g}")
+        case str(unclear):
+            say(f"  strength: {unclear}")
+    for note in table["notes"]:
+        say(f"  {safe(note)}")
+    checked = f"{table['checked']} tensors checked"
     if table["ok"]:
-        say(strong(f"proved by {table['proved']}") + f": {table['checked']} checked")
+        say(strong(f"proved by {table['proved']}") + f": {checked}")
     else:
-        say(strong("not proved") + f": {len(wrong)} of {table['checked']} differ")
+        say(strong("not proved") + f": {checked}, {len(wrong)} mismatches")
+
+
+def _mismatch(one: Mapping[str, Any]) -> str:
+    """One line: where, what, and by how much."""
+    where = one["tensor"] or one["file"]
+    line = f"{shown(where)}: {safe(one['what'])}" if where else safe(one["what"])
+    if one["elements"]:
+        worst = "" if one["worst"] is None else f", by up to {one['worst']:.2g}"
+        line += f" ({one['elements']} elements, the first at {one['first']}{worst})"
+    return line

@@ -188,6 +188,8 @@ def replayed(
         total = parts[0]
         for part in parts[1:]:
             total = total.plus(part)
+        if rule.delta_first:
+            total = total.to(rule.work)
         if weight.now is not None:
             weight.now = weight.now.plus(total).to(weight.wide, rule.work)
     else:
@@ -238,6 +240,8 @@ def _onto(
     rule = weight.rule
     if not isinstance(delta, Renormed):
         part = _change(weight, delta, seen)
+        if rule.delta_first and isinstance(delta, LowRank):
+            part = part.to(rule.work)
         weight.now = weight.now.plus(part).to(weight.wide, rule.work)
         return None
     part = _change(weight, delta.delta, seen)
@@ -272,8 +276,6 @@ def _change(weight: _Weight, delta: LowRank | Dense, seen: Tensor) -> Span:
     span = span.scaled(scaling)
     if rule.factors.itemsize < 4:
         span = span.to(F32, rule.factors)
-    if rule.delta_first and isinstance(delta, LowRank):
-        span = span.to(rule.work)
     missing = len(seen) - len(exact)  # rows of the weight that the delta does not reach
     if missing:
         zero = torch.zeros(missing, exact.shape[1], dtype=F64)

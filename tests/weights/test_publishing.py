@@ -195,7 +195,7 @@ def test_what_cannot_be_synced_is_not_published(
 def test_a_stop_after_the_rename_comes_too_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portable: bool
 ) -> None:
-    out = put(tmp_path / "out", OLD)
+    out = put(tmp_path / "out", dict.fromkeys(NEW, "old"))
     fsync = os.fsync
 
     def stop(fd: int) -> None:

@@ -1,0 +1,116 @@
+"""PEFT's key grammar: which module, and which part of it, a key of an adapter's file names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from loratools.adapter import Leaf
+from loratools.errors import error, shown
+
+PREFIX = "base_model.model."
+# What other layers leave in names: torch.compile, FSDP, DDP (facts of peft, accelerate, torch).
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+TOKENS = "trainable_tokens_delta"
+# Where PEFT keeps a module that it wrapped; nn.MultiheadAttention's out_proj stands within one.
+BASE = "base_layer"
+# Beside a resized embedding that is trained too, PEFT saves what its wrappers hold for themselves.
+COPIES = ("original_module", "trainable_tokens_original")
+
+
+@dataclass(slots=True)
+class Module:
+    """The leaves found for one module, before they are put together."""
+
+    leaves: dict[str, Leaf] = field(default_factory=dict)
+    owner: str | None = None  # the nn.MultiheadAttention whose out_proj this is
+
+
+@dataclass(slots=True)
+class Found:
+    """A file's tensors by what they are; `copies` are those that say nothing new."""
+
+    modules: dict[str, Module] = field(default_factory=dict)
+    plain: dict[str, Leaf] = field(default_factory=dict)
+    copies: list[Leaf] = field(default_factory=list)
+    adapters: set[str] = field(default_factory=set)  # names left in keys
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one key names: part None is a parameter of the module itself, in full."""
+
+    module: str
+    part: str | None
+    adapter: str = ""
+    owner: str | None = None
+    copy: bool = False
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether any of these keys is one of an adapter of PEFT's."""
+    return any(part_of(key).part is not None for key in keys)
+
+
+def group(tensors: Mapping[str, Leaf]) -> Found:
+    """The tensors of a file by module and part; MalformedError where a parameter stands twice."""
+    found = Found()
+    parts = {key: part_of(key) for key in tensors}
+    found.adapters = {p.adapter for p in parts.values() if p.adapter}
+    for key, part in parts.items():
+        leaf = tensors[key]
+        if part.copy:
+            found.copies.append(leaf)
+            continue
+        if part.part is None:
+            slots, slot = found.plain, part.module
+        else:
+            module = found.modules.setdefault(part.module, Module())
+            module.owner = part.owner
+            slots, slot = module.leaves, part.part
+        if slot in slots and not part.adapter:
+            raise error(
+                "duplicate", f"{shown(key)} and {shown(slots[slot].name)} are the same parameter"
+            )
+        slots[slot] = leaf
+    return found
+
+
+def part_of(key: str) -> Part:
+    """A key in the grammar of specs/formats/peft.md."""
+    pieces = [p for p in key.removeprefix("module.").split(".") if p not in WRAPPERS]
+    if pieces[:2] == ["base_model", "model"]:
+        pieces = pieces[2:]
+    for i in range(len(pieces) - 1, -1, -1):
+        piece, before, tail = pieces[i], pieces[:i], pieces[i + 1 :]
+        if piece in PARTS and len(tail) <= 2:
+            leaf = tail.pop() if tail and tail[-1] in ("weight", "bias") else "weight"
+            bias = ".bias" if leaf == "bias" else ""
+            return Part(_bare(before), piece + bias, ".".join(tail), _owner(before))
+        if piece == TOKENS and len(tail) <= 1:
+            return Part(_bare(before), TOKENS, ".".join(tail))
+        if piece == "modules_to_save" and tail:
+            # Without an adapter's name it stands beside the same parameter under its plain name.
+            if len(tail) == 1:
+                return Part(_bare([*before, *tail]), None, copy=True)
+            return Part(_bare([*before, *tail[1:]]), None, tail[0])
+        if piece in COPIES:
+            return Part(_bare([*before, *tail]), None, copy=True)
+    return Part(_bare(pieces), None)
+
+
+def _bare(pieces: list[str]) -> str:
+    return ".".join(p for p in pieces if p not in (BASE, "token_adapter"))
+
+
+def _owner(pieces: list[str]) -> str | None:
+    inside = BASE in pieces[:-1]
+    return _bare(pieces[: pieces.index(BASE)]) if inside else None
+
+
+def saved_stem(module: str, owner: str | None) -> str:
+    """The beginning of a module's keys as PEFT saves them."""
+    if owner is None:
+        return PREFIX + module
+    return f"{PREFIX}{owner}.{BASE}{module.removeprefix(owner)}"
