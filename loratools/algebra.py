@@ -291,13 +291,9 @@ def _without_ones(shape: tuple[int, ...] | None) -> tuple[int, ...]:
     return shape[:2] if math.prod(shape[2:]) == 1 else shape
 
 
-def within(then: Then | None, change: Callable[[Kind], Kind]) -> Then | None:
+def within(then: Kind | None, change: Callable[[Kind], Kind]) -> Kind | None:
     """What is applied on top of a replaced weight, changed."""
-    if then is None:
-        return None
-    changed = change(then)
-    assert isinstance(changed, Then)
-    return changed
+    return None if then is None else change(then)
 
 
 def additive(delta: Kind) -> Additive:

@@ -15,6 +15,7 @@ from loratools.commands.judging import judge
 from loratools.containers.bundle import Bundle
 from loratools.errors import error, refusal
 from loratools.formats import peft
+from loratools.formats.peft_writing import disassemble
 from loratools.plan import Plan, Ties
 from loratools.weights.base import Base, Shard
 
@@ -59,7 +60,7 @@ def from_state_dict(
 
 def to_state_dict(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """PEFT's state dict and config for an adapter."""
-    leaves, config = peft.disassemble(adapter)
+    leaves, config = disassemble(adapter)
     return {key: leaf.tensor() for key, leaf in leaves.items()}, config
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _HALFWAY = torch.iinfo(torch.int32).min  # the pattern 0x8000 in the low half, shifted to the top
+_E4M3_END = 464  # halfway between its largest number, 448, and the next that it would have
 
 
 def narrow(values: Tensor, dtype: torch.dtype, single: Tensor | None = None) -> Tensor:
@@ -14,11 +15,15 @@ def narrow(values: Tensor, dtype: torch.dtype, single: Tensor | None = None) -> 
 
     torch casts float64 to 16 bits by way of float32, so that 1 + 2^-8 + 2^-40 becomes 1.0 in
     bfloat16 instead of 1.0078125. Only values that float32 puts exactly halfway can go wrong.
+    What is too large becomes infinite, in E4M3 NaN.
     `single` is float32 scratch of the same shape, for callers that round many tiles.
     """
     if dtype in (torch.float64, torch.float32):
-        return values.to(dtype)
+        return values.to(dtype, copy=True)  # the caller may go on computing in `values`
+    values = values.contiguous()
     single = values.to(torch.float32) if single is None else single.copy_(values)
+    if dtype == torch.float8_e4m3fn:  # without infinity; torch would make its largest number of it
+        single.masked_fill_(values.abs() > _E4M3_END, torch.nan)
     out = single.to(dtype)
     at = _doubtful(single.reshape(-1), dtype)
     if at.numel():

@@ -136,6 +136,30 @@ def stream(
     return Streamed(run.tallies, total, tuple(continued))
 
 
+def is_whole(path: Path, record: str, shards: Sequence[OutputShard]) -> bool:
+    """Whether a shard of an interrupted run has every byte that it should: digests of its touched
+    tensors, and the base's own bytes elsewhere.
+    """
+    shard = next((s for s in shards if s.name == path.name), None)
+    if shard is None:
+        return False
+    tallies, file = json.loads(record), LocalFile(path)
+    if file.size != shard.size or file.read(0, len(shard.header)) != shard.header:
+        return False
+    for piece in shard.pieces:
+        hashed = hashlib.sha256()
+        leaf = None if _converts(piece) or piece.name in tallies else piece.base
+        for at in range(0, piece.nbytes, WRITEBACK):
+            raw = file.read(piece.offset + at, min(WRITEBACK, piece.nbytes - at))
+            hashed.update(raw)
+            source = leaf.source if leaf is not None else None
+            if source and leaf and raw != source.read(leaf.offset + at, len(raw)):
+                return False
+        if piece.name in tallies and tallies[piece.name]["digest"] != hashed.hexdigest():
+            return False
+    return True
+
+
 class _Run:
     """What the threads share."""
 

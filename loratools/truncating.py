@@ -24,7 +24,7 @@ class Truncated:
 def norm_squared(delta: LowRank) -> float:
     """‖ΔW‖², from the factors alone (absolute accuracy of float64 on ‖B‖²‖A‖²)."""
     b, a = factors(delta)
-    return float(((b.T @ b) * (a @ a.T)).sum())
+    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
 
 
 def singular_values(delta: LowRank) -> Tensor:
@@ -58,7 +58,8 @@ def kept_rank(s: Tensor, *, rank: int | None, energy: float | None) -> int:
         return min(1, len(s))
     keep = int((s > s[0] * len(s) * torch.finfo(torch.float64).eps).sum())
     if energy is not None:
-        share = s.square().cumsum(0) / s.square().sum()
+        squares = (s / s[0]).square()  # of very small or large numbers none would be left
+        share = squares.cumsum(0) / squares.sum()
         keep = min(keep, int((share < energy - 1e-15).sum()) + 1)
     return max(1, keep if rank is None else min(rank, keep))
 

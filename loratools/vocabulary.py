@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from loratools.adapter import Leaf, Replace
+from loratools.adapter import Kind, Leaf, LowRank, Replace
 from loratools.errors import Problem, shown
 from loratools.plan import Target, Term, Ties, stored_shape
 from loratools.weights.base import EMBEDDINGS, HEADS, Base
@@ -90,19 +90,42 @@ def settle_ties(
     return False
 
 
-def _agree(first: Sequence[Term], second: Sequence[Term]) -> bool:
-    """Whether both sides are replaced by the same numbers."""
-    if not first or len(first) != len(second):
+def _agree(by_head: Sequence[Term], by_embedding: Sequence[Term]) -> bool:
+    """Whether both sides are changed by the same numbers."""
+    return len(by_head) == len(by_embedding) > 0 and all(
+        h.weight == e.weight and _same(h.delta, e.delta)
+        for h, e in zip(by_head, by_embedding, strict=True)
+    )
+
+
+def _same(head: Kind | None, embedding: Kind | None) -> bool:
+    match head, embedding:
+        case Replace(), Replace():
+            alike = head.rows == embedding.rows and _equal(head.value, embedding.value)
+            return alike and _same(head.then, embedding.then)
+        case LowRank(a=a, b=b), LowRank(a=embedding_a, b=embedding_b):
+            # An embedding's module is (dim, tokens), a head's (tokens, dim).
+            turned = _equal(b, embedding_a, turned=True) and _equal(a, embedding_b, turned=True)
+            return turned and head.scaling == embedding.scaling
+        case None, None:
+            return True
+        case _:
+            return False
+
+
+def _equal(x: Leaf, y: Leaf, *, turned: bool = False) -> bool:
+    shape = y.shape[::-1] if turned else y.shape
+    if x.dtype != y.dtype or x.shape != shape:
         return False
-    for a, b in zip(first, second, strict=True):
-        if not (isinstance(a.delta, Replace) and isinstance(b.delta, Replace)):
-            return False
-        x, y = a.delta, b.delta
-        if x.then or y.then or x.rows != y.rows or x.value.shape != y.value.shape:
-            return False
-        if x.value.dtype != y.value.dtype or x.value.read() != y.value.read():
-            return False
-    return True
+    return x.read() == (_turned(y) if turned else y.read())
+
+
+def _turned(leaf: Leaf) -> bytes:
+    """The bytes of the transposed matrix; this room has no torch."""
+    raw, (rows, columns) = leaf.read(), leaf.shape
+    size = len(raw) // (rows * columns)
+    at = (r * columns + c for c in range(columns) for r in range(rows))
+    return b"".join(raw[i * size : (i + 1) * size] for i in at)
 
 
 def one_vocabulary(targets: Mapping[str, Target], base: Base, problems: list[Problem]) -> None:

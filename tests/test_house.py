@@ -21,7 +21,8 @@ BINDING = {"errors", "adapter", "names", "weights", "plan", "vocabulary"}
 MAKING = MATHS | FILING | BINDING | {"merging", "bind", "folding", "streaming"}
 ROOMS: dict[str, set[str]] = {
     "_version": set(),
-    "errors": set(),
+    "codes": set(),
+    "errors": {"codes"},
     "adapter": {"errors"},
     "narrowing": {"errors", "adapter"},
     "kinds": {"errors", "adapter", "narrowing"},

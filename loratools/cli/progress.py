@@ -72,6 +72,7 @@ def plain(every: float = EVERY, clock: Callable[[], float] = monotonic) -> Told:
             last = now
         speed = done / (now - began)
         left = f"{(total - done) / speed:.0f} s left" if speed else "no speed yet"
-        tell(f"{human(done)} of {human(total)} ({done / total:.0%}), {human(speed)}/s, {left}")
+        part = done / total if total else 1.0
+        tell(f"{human(done)} of {human(total)} ({part:.0%}), {human(speed)}/s, {left}")
 
     return told

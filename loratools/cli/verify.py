@@ -125,5 +125,6 @@ def _mismatch(one: Mapping[str, Any]) -> str:
     line = f"{shown(where)}: {safe(one['what'])}" if where else safe(one["what"])
     if one["elements"]:
         worst = "" if one["worst"] is None else f", by up to {one['worst']:.2g}"
-        line += f" ({one['elements']} elements, the first at {one['first']}{worst})"
+        count = f"{one['elements']} element{'s' if one['elements'] > 1 else ''}"
+        line += f" ({count}, the first at {one['first']}{worst})"
     return line

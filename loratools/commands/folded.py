@@ -16,7 +16,7 @@ from loratools.commands.numbers import KEPT, pooled, sampled
 from loratools.errors import Problem
 from loratools.folding import Cut, Tally, choose_device
 from loratools.plan import Plan
-from loratools.streaming import stream
+from loratools.streaming import is_whole, stream
 from loratools.weights.layout import OutputShard, index_json, plan_shards
 from loratools.weights.publishing import publish
 
@@ -91,6 +91,7 @@ def fold(
         needed=nbytes + 1_000_000,
         plan=receipt.plan_hash(recipe),
         restart=restart,
+        check=lambda path, record: is_whole(path, record, shards),
     ) as output:
         streamed = stream(
             shards, {plan.output_name(n): t for n, t in plan.targets.items()}, output, cut=cut,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,22 @@ from loratools.containers import safetensors, torch_zip
 from loratools.containers.bundle import Bundle
 from loratools.errors import Problem, Severity, error, shown
 from loratools.formats.peft_config import (
-    config_for,
     config_problems,
     names,
     read_config,
     saves,
+    saves_itself,
     scaling_of,
+    token_rows,
+    twice,
     unusual,
 )
-from loratools.names.patterns import peft_value
+from loratools.formats.peft_keys import PARTS, TOKENS, Module, group, is_lora
+from loratools.formats.peft_writing import disassemble
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
-PREFIX = "base_model.model."
-# What other layers leave in names: torch.compile, FSDP, DDP (facts of peft, accelerate, torch).
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-TOKENS = "trainable_tokens_delta"
 READ_TYPES = ("LORA", "TRAINABLE_TOKENS")
-# Last names of the modules that PEFT saves by itself when a vocabulary grew.
-EMBEDDINGS = frozenset(
-    "embed_tokens lm_head wte word_embeddings shared embed_in embed_out decoder output "
-    "tok_embeddings embedding embeddings token_embedding".split()
-)
 
 
 def detect(bundle: Bundle) -> bool:
@@ -51,19 +44,11 @@ def detect(bundle: Bundle) -> bool:
         return any(w in bundle for w in WEIGHTS)
     if not bundle.chosen.endswith(".safetensors"):
         return bundle.chosen in WEIGHTS
-    return any(_part(k)[1] is not None for k in _tensors(bundle, bundle.chosen)[0])
+    return is_lora(_tensors(bundle, bundle.chosen)[0])
 
 
 def _is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".pt"))
-
-
-@dataclass(slots=True)
-class _Module:
-    """The leaves found for one module, before they are put together."""
-
-    leaves: dict[str, Leaf] = field(default_factory=dict)
-    adapters: set[str] = field(default_factory=set)
 
 
 def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
@@ -111,25 +96,31 @@ def assemble(
     kind = config.get("peft_type", "LORA")
     if kind not in READ_TYPES:
         problem("unknown_type", f"peft_type {shown(kind)}: its tensors are not read as deltas")
+    if kind not in READ_TYPES or config.get("target_parameters"):
         tensors = {}
     settled = _settle_alpha(config, assume or {}, has_config, problem)
-    modules, plain = _group(tensors)
-    several = set().union(*(m.adapters for m in modules.values())) if modules else set()
-    if len(several) > 1:
-        listed = ", ".join(sorted(shown(s) for s in several))
-        problem("unexplained", f"the file holds {len(several)} adapters: {listed}")
+    found = group(tensors)
+    modules, plain = found.modules, found.plain
+    if len(found.adapters) > 1:
+        listed = ", ".join(sorted(shown(s) for s in found.adapters))
+        problem("unexplained", f"the file holds {len(found.adapters)} adapters: {listed}")
+    for leaf in found.copies:
+        problem("unexplained", f"{shown(leaf.name)} is a copy of PEFT's own", severity="note")
     deltas: dict[str, Kind] = {}
     transposed: set[str] = set()
-    for module, found in modules.items():
-        _pair(module, found, settled, deltas, transposed, problem)
-    for module, leaf in _tokens(modules):
-        rows = _token_rows(settled, module, leaf, problem)
-        if rows is not None:
-            deltas[f"{module}.weight"] = Replace(leaf, rows, _then(deltas, f"{module}.weight"))
+    for module, parts in modules.items():
+        _pair(module, parts, settled, deltas, transposed, problem)
+    for module, parts in modules.items():
+        if TOKENS in parts.leaves:
+            key, leaf = f"{module}.weight", parts.leaves[TOKENS]
+            rows = _token_rows(settled, module, leaf, problem)
+            if rows is not None:
+                deltas[key] = Replace(leaf, rows, deltas.get(key))
     for key, leaf in plain.items():
-        deltas[key] = Replace(leaf, None, _then(deltas, key))
+        # What was trained upon a weight that the file has in full goes on top of it.
+        deltas[key] = Replace(leaf, None, deltas.get(key))
     if kind in READ_TYPES:
-        lora = [m for m, found in modules.items() if any(p in found.leaves for p in PARTS)]
+        lora = [m for m, parts in modules.items() if any(p in parts.leaves for p in PARTS)]
         problems.extend(config_problems(config, lora, name))
         _saved(config, plain, deltas, problem)
     if not deltas and not any(p.severity == "error" for p in problems):
@@ -175,54 +166,12 @@ def _settle_alpha(
     return config
 
 
-# ------------------------------------------------------------------------------- keys
-
-
-def _part(key: str) -> tuple[str, str | None, str]:
-    """(module, part, adapter's name) of a key; part is None for a plain parameter."""
-    pieces = [p for p in key.removeprefix("module.").split(".") if p not in WRAPPERS]
-    if pieces[:2] == ["base_model", "model"]:
-        pieces = pieces[2:]
-    for i in range(len(pieces) - 1, -1, -1):
-        piece, tail = pieces[i], pieces[i + 1 :]
-        module = _without_wrapper(pieces[:i])
-        if piece in PARTS and len(tail) <= 2:
-            leaf = tail.pop() if tail and tail[-1] in ("weight", "bias") else "weight"
-            return module, piece + (".bias" if leaf == "bias" else ""), ".".join(tail)
-        if piece == TOKENS and len(tail) <= 1:
-            return module.removesuffix(".token_adapter"), TOKENS, ".".join(tail)
-        if piece == "modules_to_save" and len(tail) == 2:
-            return f"{module}.{tail[1]}", None, tail[0]
-    return _without_wrapper(pieces), None, ""
-
-
-def _without_wrapper(pieces: list[str]) -> str:
-    # `base_layer` is where PEFT keeps the wrapped module: nn.MultiheadAttention's out_proj, biases.
-    return ".".join(p for p in pieces if p != "base_layer")
-
-
-def _group(tensors: Mapping[str, Leaf]) -> tuple[dict[str, _Module], dict[str, Leaf]]:
-    modules: dict[str, _Module] = {}
-    plain: dict[str, Leaf] = {}
-    for key, leaf in tensors.items():
-        module, part, adapter = _part(key)
-        if part is None:
-            slots, slot = plain, module
-        else:
-            found = modules.setdefault(module, _Module())
-            found.adapters |= {adapter} if adapter else set()
-            slots, slot = found.leaves, part
-        if slot in slots and not adapter:
-            raise error(
-                "duplicate", f"{shown(key)} and {shown(slots[slot].name)} are the same parameter"
-            )
-        slots[slot] = leaf
-    return modules, plain
+# ------------------------------------------------------------------------------- modules
 
 
 def _pair(
     module: str,
-    found: _Module,
+    found: Module,
     config: Mapping[str, Any],
     deltas: dict[str, Kind],
     transposed: set[str],
@@ -253,22 +202,26 @@ def _pair(
             module,
         )
         return
-    rank, said = a.shape[0], scaling_of(config, module)
+    rank, said = a.shape[0], scaling_of(config, found.owner or module)
     if said.rank is not None and said.rank != rank:
-        problem("config_conflict", f"{shown(module)}: config says r={said.rank}, A has {rank} rows")
+        message = f"{shown(module)}: config says r={said.rank}, A has {rank} rows"
+        problem("config_conflict", message, module)
     elif said.rank is None and "r" in config:
-        problem("config_conflict", f"{shown(module)}: config's r is no whole number, A has {rank}")
+        message = f"{shown(module)}: config's r is no whole number, A has {rank}"
+        problem("config_conflict", message, module)
     scaling = said.of(rank)
     if scaling is None:
-        scaling, unknown = 1.0, None  # alpha_missing is among the problems
-        pair = LowRank(a, b, scaling, unknown)
-    else:
-        pair = LowRank(a, b, scaling, said.alpha)
-        if scaling == 0:
-            problem("no_effect", f"{shown(module)}: alpha is 0, so the update is zero", module)
-        elif unusual(scaling):
-            message = f"{shown(module)}: scaling {scaling:g} (alpha {said.alpha:g} / rank {rank})"
-            problem("scaling_unusual", message, module, "warning")
+        scaling = 1.0  # alpha_missing is among the problems
+    elif scaling == 0:
+        problem("no_effect", f"{shown(module)}: alpha is 0, so its update is", module, "warning")
+    elif unusual(scaling):
+        message = f"{shown(module)}: scaling {scaling:g} (alpha {said.alpha:g} / rank {rank})"
+        problem("scaling_unusual", message, module, "warning")
+    if found.owner is not None and twice(config):
+        scaling *= 2
+        message = f"{shown(module)}: PEFT trained and merges its update twice (peft#3774), so here"
+        problem("scaling_unusual", message, module, "note")
+    pair = LowRank(a, b, scaling, said.alpha)
     key = f"{module}.weight"
     magnitude = leaves.get("lora_magnitude_vector")
     if magnitude is not None and not config.get("use_dora"):
@@ -304,26 +257,11 @@ def _multiplies(a: Leaf, b: Leaf) -> bool:
     return a.shape[0] == b.shape[1] and flat and len(a.shape) in (len(b.shape), 2)
 
 
-def _then(deltas: dict[str, Kind], key: str) -> LowRank | Renormed | None:
-    """A pair already found for the same weight goes on top of what replaces it."""
-    pair = deltas.get(key)
-    return pair if isinstance(pair, LowRank | Renormed) else None
-
-
-def _tokens(modules: Mapping[str, _Module]) -> Iterator[tuple[str, Leaf]]:
-    for module, found in modules.items():
-        if TOKENS in found.leaves:
-            yield module, found.leaves[TOKENS]
-
-
 def _token_rows(
     config: Mapping[str, Any], module: str, leaf: Leaf, problem: Any
 ) -> tuple[int, ...] | None:
     """Which stored rows a trainable-tokens tensor replaces; only the config knows."""
-    said = config.get("trainable_token_indices", config.get("token_indices"))
-    if isinstance(said, Mapping):
-        said = peft_value(said, module, None)[0]
-    rows = said if isinstance(said, list) else []
+    rows = token_rows(config, module)
     good = all(isinstance(r, int) and not isinstance(r, bool) and r >= 0 for r in rows)
     if not good or len(rows) != leaf.shape[0] or len(set(rows)) != len(rows):
         problem(
@@ -343,10 +281,8 @@ def _saved(
     saved = names(config, "modules_to_save")
     for key in plain:
         module, _, parameter = key.rpartition(".")
-        known = any(saves(s, module) for s in saved)
-        embedding = module.rpartition(".")[2] in EMBEDDINGS
-        bias = parameter == "bias" and config.get("bias", "none") != "none"
-        if config and not (known or embedding or bias):
+        known = any(saves(s, module) for s in saved) or saves_itself(config, module, parameter)
+        if config and not known:
             problem(
                 "config_conflict",
                 f"{shown(key)} is a full tensor that modules_to_save does not name",
@@ -375,53 +311,3 @@ def write(adapter: Adapter, folder: Path) -> dict[str, str]:
     (folder / CONFIG).write_text(text, encoding="utf-8")
     digest = safetensors.write(folder / WEIGHTS[0], tensors, {**adapter.metadata, "format": "pt"})
     return {WEIGHTS[0]: digest}
-
-
-def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
-    """PEFT's tensors by key, and its config."""
-    pairs: dict[str, LowRank] = {}
-    tensors: dict[str, Leaf] = {}
-    saved: list[str] = []
-    rows: dict[str, list[int]] = {}
-    dora = lora_bias = False
-    for key, delta in adapter.deltas.items():
-        module, _, parameter = key.rpartition(".")
-        stem = PREFIX + module
-        match delta:
-            case Dense(diff=diff) if parameter == "bias" and f"{module}.weight" in adapter.deltas:
-                tensors[f"{stem}.lora_B.bias"] = diff
-                lora_bias = True
-                continue
-            case Dense():
-                raise error("loss", f"PEFT has no place for a full difference ({shown(key)})")
-            case Replace(value=value, rows=None, then=then):
-                infix = ".base_layer" if then is not None else ""
-                tensors[f"{stem}{infix}.{parameter}"] = value
-                inner: Kind | None = then
-                is_bias = parameter == "bias" and adapter.config.get("bias", "none") != "none"
-                if then is None and not is_bias:
-                    saved.append(module)
-            case Replace(value=value, rows=tuple(index), then=then):
-                tensors[f"{stem}.token_adapter.{TOKENS}"] = value
-                rows[module], inner = list(index), then
-            case _:
-                inner = delta
-        if isinstance(inner, Renormed):
-            dora = True
-            tensors[f"{stem}.lora_magnitude_vector"] = inner.magnitude
-            inner = inner.delta if isinstance(inner.delta, LowRank) else None
-        if isinstance(inner, LowRank):
-            pairs[module] = inner
-            embedding = key in adapter.transposed
-            down, up = (
-                ("lora_embedding_A", "lora_embedding_B")
-                if embedding
-                else ("lora_A.weight", "lora_B.weight")
-            )
-            tensors[f"{stem}.{down}"], tensors[f"{stem}.{up}"] = inner.a, inner.b
-    named = {name: replace(leaf, name=name) for name, leaf in tensors.items()}
-    source = adapter.config if adapter.format == "peft" else {}
-    config = config_for(pairs, source, saved=tuple(saved), dora=dora, lora_bias=lora_bias)
-    if rows:
-        config["trainable_token_indices"] = rows
-    return named, config

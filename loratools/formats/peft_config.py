@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from loratools.names.patterns import peft_targets, peft_value
 # Initialisations that replace the base by a residual before training (peft:tuners/lora/layer.py).
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
+# Last names of the modules that PEFT saves by itself when a vocabulary grew.
+EMBEDDINGS = frozenset(
+    "embed_tokens lm_head wte word_embeddings shared embed_in embed_out decoder output "
+    "tok_embeddings embedding embeddings token_embedding proj_out".split()
+)
 # Fields that make a LoRA something that no weight can express, with the reason.
 RUNTIME = {
     "alora_invocation_tokens": "an activated LoRA applies only after its invocation tokens",
@@ -81,6 +87,12 @@ def saves(name: str, module: str) -> bool:
     return f"{name}." in f"{module}."
 
 
+def saves_itself(config: Mapping[str, Any], module: str, parameter: str) -> bool:
+    """Whether PEFT saves a full parameter that `modules_to_save` does not name."""
+    bias = parameter == "bias" and config.get("bias", "none") != "none"
+    return bias or module.rpartition(".")[2] in EMBEDDINGS
+
+
 def config_problems(config: Mapping[str, Any], modules: list[str], name: str) -> Iterator[Problem]:
     """What the config says that stands against folding or merging, or that no module explains."""
     init = config.get("init_lora_weights")
@@ -112,6 +124,16 @@ def config_problems(config: Mapping[str, Any], modules: list[str], name: str) ->
                 )
 
 
+def twice(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT applies the pair of nn.MultiheadAttention's out_proj two times, as up to 0.21.
+
+    In training too, so that the adapter has learnt it (peft pull 3774;
+    peft:tuners/lora/layer.py, MultiheadAttention.merge).
+    """
+    found = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
+    return found is None or (int(found[1]), int(found[2])) < (0, 22)
+
+
 def unusual(scaling: float) -> bool:
     """Whether a scaling lies far from what trainings use; a warning, never a refusal."""
     return not (1 / 1024 <= abs(scaling) <= 64)
@@ -125,10 +147,10 @@ def config_for(
     source: Mapping[str, Any],
     *,
     saved: tuple[str, ...],
-    dora: bool,
-    lora_bias: bool,
+    rows: Mapping[str, list[int]],
+    said: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A config under which PEFT gives every pair its rank and scaling.
+    """A config under which PEFT gives every pair its rank and scaling; `said` stands in it as is.
 
     The source's own fields are kept while they say the right thing; otherwise rank, alpha and the
     two patterns are written anew with plain scaling, exceptions named by full module path.
@@ -142,7 +164,7 @@ def config_for(
         config.update(_plain(pairs))
     targets = config.get("target_modules")
     usable = isinstance(targets, str | list) and targets != "all-linear"
-    if not usable or not all(peft_targets(targets or [], module) for module in pairs):
+    if pairs and not (usable and all(peft_targets(targets or [], module) for module in pairs)):
         config["target_modules"] = sorted(pairs)
         for field in ("layers_to_transform", "layers_pattern", "exclude_modules"):
             if config.get(field) is not None:
@@ -152,11 +174,31 @@ def config_for(
     if missing:
         config["modules_to_save"] = [*known, *missing]
     config.setdefault("bias", "none")
-    if dora or "use_dora" in config:
-        config["use_dora"] = dora
-    if lora_bias or "lora_bias" in config:
-        config["lora_bias"] = lora_bias
+    for flag in ("use_dora", "lora_bias"):
+        if flag in config:
+            config[flag] = False
+    if config["bias"] != "none":
+        said = {k: v for k, v in said.items() if k != "bias"}
+    config.update(said)
+    _name_rows(config, rows)
     return config
+
+
+def token_rows(config: Mapping[str, Any], module: str) -> list[Any]:
+    """The indices that the config names for a module with trained token rows.
+
+    A mapping goes by ends of names, and a tied head by its embedding's entry.
+    """
+    said = config.get("trainable_token_indices", config.get("token_indices"))
+    if isinstance(said, Mapping):
+        named = [v for k, v in said.items() if module.endswith(k)]
+        said = next(iter(named or said.values()), None)
+    return said if isinstance(said, list) else []
+
+
+def _name_rows(config: dict[str, Any], rows: Mapping[str, list[int]]) -> None:
+    if any(token_rows(config, module) != at for module, at in rows.items()):
+        config["trainable_token_indices"] = dict(rows)
 
 
 def _says(config: Mapping[str, Any], pairs: Mapping[str, LowRank]) -> bool:

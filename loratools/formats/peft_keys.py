@@ -15,8 +15,10 @@ PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magni
 TOKENS = "trainable_tokens_delta"
 # Where PEFT keeps a module that it wrapped; nn.MultiheadAttention's out_proj stands within one.
 BASE = "base_layer"
-# Beside a resized embedding that is trained too, PEFT saves what its wrappers hold for themselves.
-COPIES = ("original_module", "trainable_tokens_original")
+# What PEFT's wrappers hold for themselves: the trained values, which mostly stand there under their
+# plain name too (a resized embedding, bias="all"), and the values from before the training.
+ORIGINALS = ("original_module", "trainable_tokens_original")
+VALUE, SPARE, COPY = "value", "spare", "copy"
 
 
 @dataclass(slots=True)
@@ -39,33 +41,30 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one key names: part None is a parameter of the module itself, in full."""
+    """What one key names; a `part` of VALUE, SPARE or COPY speaks of a parameter in full."""
 
-    module: str
-    part: str | None
+    module: str  # for a parameter in full, its name
+    part: str
     adapter: str = ""
     owner: str | None = None
-    copy: bool = False
 
 
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether any of these keys is one of an adapter of PEFT's."""
-    return any(part_of(key).part is not None for key in keys)
+    return any(part_of(key).part in (*PARTS, TOKENS) for key in keys)
 
 
 def group(tensors: Mapping[str, Leaf]) -> Found:
     """The tensors of a file by module and part; MalformedError where a parameter stands twice."""
-    found = Found()
-    parts = {key: part_of(key) for key in tensors}
-    found.adapters = {p.adapter for p in parts.values() if p.adapter}
-    for key, part in parts.items():
-        leaf = tensors[key]
-        if part.copy:
+    found, spare = Found(), dict[str, Leaf]()
+    for key, leaf in tensors.items():
+        part = part_of(key)
+        found.adapters |= {part.adapter} if part.adapter else set()
+        if part.part == COPY:
             found.copies.append(leaf)
             continue
-        if part.part is None:
-            slots, slot = found.plain, part.module
-        else:
+        slots, slot = {VALUE: found.plain, SPARE: spare}.get(part.part), part.module
+        if slots is None:
             module = found.modules.setdefault(part.module, Module())
             module.owner = part.owner
             slots, slot = module.leaves, part.part
@@ -74,6 +73,8 @@ def group(tensors: Mapping[str, Leaf]) -> Found:
                 "duplicate", f"{shown(key)} and {shown(slots[slot].name)} are the same parameter"
             )
         slots[slot] = leaf
+    found.copies += [leaf for name, leaf in spare.items() if name in found.plain]
+    found.plain = spare | found.plain
     return found
 
 
@@ -91,13 +92,11 @@ def part_of(key: str) -> Part:
         if piece == TOKENS and len(tail) <= 1:
             return Part(_bare(before), TOKENS, ".".join(tail))
         if piece == "modules_to_save" and tail:
-            # Without an adapter's name it stands beside the same parameter under its plain name.
-            if len(tail) == 1:
-                return Part(_bare([*before, *tail]), None, copy=True)
-            return Part(_bare([*before, *tail[1:]]), None, tail[0])
-        if piece in COPIES:
-            return Part(_bare([*before, *tail]), None, copy=True)
-    return Part(_bare(pieces), None)
+            adapter = tail.pop(0) if len(tail) > 1 else ""
+            return Part(_bare([*before, *tail]), SPARE, adapter)
+        if piece in ORIGINALS:
+            return Part(_bare([*before, *tail]), COPY)
+    return Part(_bare(pieces), VALUE)
 
 
 def _bare(pieces: list[str]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loratools.adapter import Kind, Leaf, LowRank, Renormed, Replace
 from loratools.algebra import matrix, widen
-from loratools.folding import TILE, fold_target, leaf_rows, sample_rows, torch_dtype
+from loratools.folding import TILE, Cut, fold_target, leaf_rows, sample_rows, torch_dtype
 from loratools.narrowing import narrow
 from loratools.plan import Target
 from loratools.proving.differences import Difference, Mismatch
@@ -179,14 +179,18 @@ def _views(target: Target, written: Leaf) -> tuple[_View, _View | None]:
     inner = [d.then if isinstance(d, Replace) else d for _, d in terms]
     if not any(isinstance(d, Renormed) and d.axis == "in" for d in inner):
         return stored, stored
-    if any(isinstance(d, Replace) for _, d in terms) or base is None:
+    if any(isinstance(d, Replace) and d.rows is not None for _, d in terms):
         return stored, None
-    before, after = matrix(base.tensor()).T, matrix(written.tensor()).T
+    after = matrix(written.tensor()).T
+    resized = base is None or base.shape != written.shape  # all of it is replaced then
+    before = None if base is None or resized else matrix(base.tensor()).T
     turned = _View(
         [(w, transpose(d)) for w, d in terms],
-        lambda start, stop: before[start:stop],
+        None if before is None else lambda start, stop: before[start:stop],
         lambda start, stop: after[start:stop],
-        *(len(before), len(after), after.shape[1]),
+        0 if before is None else len(before),
+        len(after),
+        after.shape[1],
         turned=True,
     )
     return stored, turned
@@ -211,8 +215,24 @@ def _walk(
     return judged
 
 
-def _exact(target: Target, view: _View, rows: Sequence[int] | None, judged: Judged) -> None:
-    """Our own rule: the fold itself, with room for the last bits of other float64 sums."""
+def judge_exactly(target: Target, written: Leaf, cut: Cut | None = None) -> Judged:
+    """A touched tensor under our own rule alone: the float64 sum, rounded once.
+
+    Where the sum lies within the last bits of float64 beside the middle of two values, either may
+    stand: another processor adds in another order.
+    """
+    judged = Judged(EXACT)
+    _exact(target, _views(target, written)[0], None, judged, cut)
+    return judged
+
+
+def _exact(
+    target: Target,
+    view: _View,
+    rows: Sequence[int] | None,
+    judged: Judged,
+    cut: Cut | None = None,
+) -> None:
     pairs = [pair for _, delta in view.terms if (pair := _pair(delta)) is not None]
     size = sum(abs(p.scaling) * _longest(p.b, 1) * _longest(p.a, 0) for p in pairs)
     unit = 2.0**-52 * (view.width + 8 + sum(p.rank for p in pairs))
@@ -224,7 +244,7 @@ def _exact(target: Target, view: _View, rows: Sequence[int] | None, judged: Judg
         low, high = narrow(tile - noise, seen.dtype), narrow(tile + noise, seen.dtype)
         _judge(judged, seen, w0, Span(low.to(F64), high.to(F64), tile), start * view.width)
 
-    fold_target(target, view.base, emit, dtype=F64, only_rows=rows)
+    fold_target(target, view.base, emit, dtype=F64, cut=cut, only_rows=rows)
 
 
 def _pair(delta: Kind) -> LowRank | None:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from loratools.adapter import FLOATS, Leaf, Replace
-from loratools.errors import shown
 from loratools.names.prefixes import PREFIXES, Prefix
 from loratools.plan import Plan, Target
 from loratools.proving.differences import Mismatch, Progress, compare_leaves, each
@@ -204,5 +203,5 @@ def wrong_size(signal: Signal) -> Mismatch | None:
         return None
     return Mismatch(
         f"all touched tensors together hold {signal.scaling:.5f} ± {signal.error:.1g} times the "
-        f"update; is alpha, or a weight, another ({shown(signal.scaling)})?"
+        "update; is alpha, or a weight, another?"
     )

@@ -99,6 +99,7 @@ ZIPS = {
     "a zip in the comment": (archive(*HONEST, after=archive(*HONEST)), "malformed", "inserted"),
     "cut off": (archive(*HONEST)[:-1], "truncated", "end record"),
     "half": (archive(*HONEST)[:300], "truncated", "end record"),
+    "half an end record": (b"PK\5\6" + bytes(10), "truncated", "end record"),
     "two letters": (b"PK", "truncated", "end record"),
     "bytes between members": (
         archive(replace(DATA, after=b"hidden"), *OTHERS), "malformed", "6 bytes beside"
@@ -120,6 +121,9 @@ ZIPS = {
     "another name at the member": (
         archive(replace(DATA, local_name=b"archive/evil.pkl"), *OTHERS),
         "hostile", 'says "archive/data.pkl", the member at 0 is called "archive/evil.pkl"',
+    ),
+    "a longer name at the member": (
+        archive(replace(DATA, local_name=b"archive/data.pkl.txt"), *OTHERS), "hostile", "is called"
     ),
     "a shorter name at the member": (
         archive(replace(DATA, local_name=b"archive/data"), *OTHERS), "hostile", "is called"
@@ -189,12 +193,14 @@ ZIPS = {
     "fewer entries": (ended(count=1, here=1), "malformed", "promises 1"),
     "entries on another disk": (ended(here=1), "malformed", "other disks"),
     "another disk": (ended(disk=1), "malformed", "other disks"),
+    "a directory on another disk": (ended(first=1), "malformed", "other disks"),
     "a comment": (ended(comment=1), "malformed", "comment"),
     "a directory elsewhere": (ended(start=0), "malformed", "ends at"),
     "a larger directory": (ended(size=1 << 31), "malformed", "ends at"),
     "a zip64 end that is not there": (ended(start=0xFFFFFFFF), "malformed", "not there"),
     "a zip64 end elsewhere": (ended64(where=0), "malformed", "does not lie at"),
     "a zip64 end of another size": (ended64(record=45), "malformed", "damaged"),
+    "a zip64 end on another disk": (ended64(locator_disk=1), "malformed", "does not lie at"),
     "a zip64 end on two disks": (ended64(disks=2), "malformed", "does not lie at"),
     "a zip64 end of other counts": (ended64(count=9, here=9), "malformed", "contradict"),
     "a zip64 end of another start": (ended64(start=1 << 40), "malformed", "contradict"),

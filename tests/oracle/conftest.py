@@ -42,7 +42,7 @@ def adapter(
         name: str,
         *,
         seed: int = 0,
-        change: Callable[[nn.Module], Any] = lambda model: None,
+        change: Callable[[nn.Module], Any] = models.nothing,
         kind: type[peft.PeftConfig] = peft.LoraConfig,
         dtype: Any = None,
         **options: Any,

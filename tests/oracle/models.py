@@ -1,10 +1,11 @@
-"""Tiny models of many architectures, saved for real, and adapters on them as a training leaves them."""
+"""Tiny models of many architectures, saved for real, and adapters as a training leaves them."""
 
 import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,13 +216,22 @@ def outputs(name: str, model: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------- adapters
 
 
+def grown(model: nn.Module) -> None:
+    """Five tokens more."""
+    model.resize_token_embeddings(VOCABULARY + 5)
+
+
+def nothing(model: nn.Module) -> None:
+    """A base as it is."""
+
+
 def trained(
     name: str,
     folder: Path,
     config: peft.PeftConfig,
     *,
     seed: int = 0,
-    change: Callable[[nn.Module], Any] = lambda model: None,
+    change: Callable[[nn.Module], Any] = nothing,
 ) -> peft.PeftModel:
     """A PEFT model whose adapter has numbers as after a training: nothing is zero or one."""
     model = load(name, folder)
@@ -261,9 +271,23 @@ def _shrink(layer: LoraLayer, adapter: str) -> None:
     up *= UPDATE * weight.norm() / layer.get_delta_weight(adapter).norm()
 
 
-def merged(name: str, base: Path, adapter: Path, **options: Any) -> dict[str, Tensor]:
+def served(
+    name: str, base: Path, adapter: Path, change: Callable[[nn.Module], Any] = nothing
+) -> nn.Module:
+    """PEFT's model with an adapter on a base; every tensor of the adapter has found its place."""
+    model = load(name, base)
+    change(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing keys
+        return peft.PeftModel.from_pretrained(model, adapter).eval()
+
+
+def merged(
+    name: str, base: Path, adapter: Path, change: Callable[[nn.Module], Any] = nothing
+) -> dict[str, Tensor]:
     """PEFT's own merge, done in float64 and rounded once: the tensors of the merged module."""
-    wide = load(name, base, **options).double()
+    wide = load(name, base).double()
+    change(wide)
     model = peft.PeftModel.from_pretrained(wide, adapter)
     found = model.merge_and_unload().state_dict()
     return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}

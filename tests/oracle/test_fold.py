@@ -156,8 +156,7 @@ def test_a_fold_is_what_peft_merges(case, base, adapter, valid):
     expected = models.merged(name, where, made)
     folded = models.load_folded(name, result.output)
     models.same_tensors(folded.state_dict(), expected)
-    served = peft.PeftModel.from_pretrained(models.load(name, where), made).eval()
-    logits = models.outputs(name, served)
+    logits = models.outputs(name, models.served(name, where, made))
     assert (logits - models.outputs(name, models.load(name, where))).abs().max() > 1e-3
     torch.testing.assert_close(models.outputs(name, folded), logits, atol=1e-5, rtol=1e-5)
     assert result.update_kept == pytest.approx(1, abs=1e-4)
