@@ -56,9 +56,9 @@ class Format:
             low, high = (middle, high) if self.value(middle) <= size else (low, middle)
         below, above = size - self.value(low), self.value(low + 1) - size
         up = above < below or (above == below and low % 2 == 1)
-        found = low + up
-        found = self.infinity if found >= self.special else found
-        return found | (1 << (self.bits - 1) if negative or value < 0 else 0)
+        found = low + up if low + up < self.special else self.infinity
+        signed = (negative or value < 0) and not (self.only_nan and found == self.infinity)
+        return found | signed << (self.bits - 1)
 
 
 FORMATS = {

@@ -23,6 +23,8 @@ TOKENIZER = (
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
 LEFT = (".index.json", ".onnx_data", ".lock", ".partial")
 SMALL = 50_000_000  # bytes of a companion file; larger ones are weights of some other sort
+# transformers 5 takes tie_word_embeddings=false for "do not scale" unless this key says otherwise.
+SCALED_WHEN_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop")
 # Of a head of several layers, the one whose rows are labels.
 LAST_LAYERS = ("classifier", "out_proj", "score")
 # The task a PEFT task_type stands for, as transformers' class names end.
@@ -147,6 +149,8 @@ def changed_config(plan: Plan, dtype: str | None) -> dict[str, Any]:
     """The base's config.json with what the fold makes untrue put right, and nothing else."""
     config: dict[str, Any] = json.loads(json.dumps(plan.base.config))
     if plan.untied:
+        if config.get("model_type") in SCALED_WHEN_TIED:
+            config["scale_decoder_outputs"] = True
         config["tie_word_embeddings"] = False
         inner = text_config(config)
         if inner is not config and "tie_word_embeddings" in inner:

@@ -207,10 +207,11 @@ def _distance_squared(old: Kind, new: Kind) -> float:
 
     if old is new:
         return 0.0
+    pairs = [(widen(a), widen(b)) for a, b in zip(leaves(old), leaves(new), strict=True)]
     if isinstance(old, LowRank) and isinstance(new, LowRank):
-        return _norm_squared(add([old, scaled(new, -1.0)]))
-    pairs = zip(leaves(old), leaves(new), strict=True)
-    return sum(float((widen(a) - widen(b)).square().sum()) for a, b in pairs)
+        same = old.scaling == new.scaling and all(a.equal(b) for a, b in pairs)
+        return 0.0 if same else _norm_squared(add([old, scaled(new, -1.0)]))
+    return sum(float((a - b).square().sum()) for a, b in pairs)
 
 
 def _lost(

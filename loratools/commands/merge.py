@@ -94,9 +94,13 @@ def merge(
     device: str = "auto",
     threads: int | None = None,
     hash: str = "auto",
+    recipe: str | Path | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters into one at `out`, or with `base` fold them into it.
+
+    With `recipe`, a receipt, its output is made again: all that says how comes from there, and
+    `adapters` and `base` only say where its inputs may lie.
 
     `weights` are used as given; None means 1 for a single adapter and is refused for several;
     "mean" is 1/n each. `rank` (a ceiling) or `energy` (share of squared singular values) truncate
@@ -106,6 +110,18 @@ def merge(
     began = perf_counter()
     if out is None and not dry_run:
         raise error("usage", "merge needs an output (-o OUT)")
+    if recipe is not None:
+        if weights is not None or rank or energy or dtype or only or skip or allow:
+            raise error("usage", "--recipe says how: leave weights, rank, dtype and choice out")
+        from loratools.commands.again import recipe_arguments
+
+        said = recipe_arguments(recipe, adapters, base)
+        return merge(
+            **said, out=out, force=force, restart=restart, dry_run=dry_run, device=device,
+            threads=threads, hash=hash, progress=progress,
+        )  # fmt: skip
+    if not adapters:
+        raise error("usage", "merge needs adapters; see `loratools merge --help`")
     method, rank = checked_method(method, rank, energy)
     paths, factors = weights_for([str(a) for a in adapters], weights, required=True)
     if base is None and len(paths) == 1 and weights is None and rank is None and energy is None:
@@ -121,7 +137,7 @@ def merge(
     plan, problems = fit(
         loaded, base, weights=factors, only=only, skip=skip, ties=ties_from(tied, untie)
     )
-    recipe = {
+    made_from = {
         "adapters": [receipt.adapter_entry(a, w) for a, w in zip(loaded, factors, strict=True)],
         "method": method,
         "rank": rank,
@@ -142,7 +158,7 @@ def merge(
         result = fold(
             plan,
             problems,
-            recipe,
+            made_from,
             out=None if out is None else Path(out),
             allow=allow,
             fail_on=fail_on,
@@ -164,7 +180,7 @@ def merge(
         )  # fmt: skip
         result = save_merged(
             merged,
-            recipe,
+            made_from,
             judged.problems,
             judged.waived,
             out=Path(out) if out is not None and not dry_run else None,

@@ -32,7 +32,7 @@ READ_TOO = WEIGHTS | {".json", ".jinja", ".py", ".model"}
 
 
 @dataclass(slots=True)
-class _Proof:
+class Proof:
     """One receipt while it is checked."""
 
     receipt: Receipt
@@ -60,9 +60,9 @@ def by_receipt(
     progress: Progress | None = None,
 ) -> VerifyResult:
     """Prove an output by its receipt: hashes always, the replay where the inputs are found."""
-    proof = _Proof(found, model)
+    proof = Proof(found, model)
     _files(proof)
-    sources = _Sources(proof, base, adapters, inputs)
+    sources = Sources(proof, base, adapters, inputs)
     is_fold = isinstance(found.get("recipe", "base"), Mapping)
     try:
         checked = _digests(proof) if is_fold else len(formats.read(model).deltas)
@@ -86,7 +86,7 @@ def by_receipt(
 # ------------------------------------------------------------------------------- hashes
 
 
-def _files(proof: _Proof) -> None:
+def _files(proof: Proof) -> None:
     """Every listed file with its size and hash; nothing beside them that a reader would take."""
     folder, outputs = proof.receipt.folder, proof.part("outputs")
     for name, entry in outputs.items():
@@ -112,7 +112,7 @@ def _files(proof: _Proof) -> None:
                 proof.mismatches.append(Mismatch("not in the receipt", None, path.name))
 
 
-def _digests(proof: _Proof) -> int:
+def _digests(proof: Proof) -> int:
     """Touched tensors against the receipt's digests, in files without a hash that agrees."""
     written = headers(proof.model)
     targets = proof.part("targets")
@@ -145,12 +145,12 @@ def _digest(leaf: Leaf, step: int = 8 << 20) -> str:
 # ------------------------------------------------------------------------------- inputs
 
 
-class _Sources:
+class Sources:
     """The inputs of a receipt, looked for by name and accepted only by fingerprint."""
 
     def __init__(
         self,
-        proof: _Proof,
+        proof: Proof,
         base: str | Path | None,
         adapters: Sequence[str | Path],
         inputs: Sequence[str | Path],
@@ -234,7 +234,7 @@ class _Sources:
 # ------------------------------------------------------------------------------- replay
 
 
-def _fold(proof: _Proof, sources: _Sources, progress: Progress | None) -> Replayed | None:
+def _fold(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed | None:
     base, adapters = sources.base(), sources.adapters()
     if base is None or adapters is None:
         return None
@@ -272,7 +272,7 @@ def _fold(proof: _Proof, sources: _Sources, progress: Progress | None) -> Replay
     return replayed
 
 
-def _merge(proof: _Proof, sources: _Sources, progress: Progress | None) -> Replayed | None:
+def _merge(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed | None:
     adapters = sources.adapters()
     if adapters is None:
         return None
@@ -293,14 +293,14 @@ def _merge(proof: _Proof, sources: _Sources, progress: Progress | None) -> Repla
     )
 
 
-def _weights(proof: _Proof) -> list[float]:
+def _weights(proof: Proof) -> list[float]:
     weights = [e.get("weight") for e in proof.part("recipe", "adapters", kind=list)]
     if not all(isinstance(w, int | float) for w in weights):
         raise error("malformed", f"{shown(proof.receipt.path)}: a weight is no number")
     return [float(w) for w in weights]
 
 
-def _arithmetic(proof: _Proof) -> tuple[torch.device, bool]:
+def _arithmetic(proof: Proof) -> tuple[torch.device, bool]:
     """Where to compute, and whether the arithmetic is that of the receipt."""
     import torch
 

@@ -17,6 +17,9 @@ from loratools.folding import leaf_rows, one_thread, torch_dtype
 from loratools.narrowing import narrow
 from loratools.streaming import default_threads
 
+CHANGED = "changed, and no adapter touches it"
+UNKNOWN = "neither in the base nor in an adapter"
+
 T = TypeVar("T")
 R = TypeVar("R")
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -69,15 +72,15 @@ class Difference:
         worst = float(distance[bad].nan_to_num(nan=float("inf")).max())
         self.worst = max(self.worst, worst)
 
-    def index(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The first one's index into a tensor of this shape."""
+    def mismatch(self, what: str, tensor: str, leaf: Leaf, file: str | None) -> Mismatch | None:
+        """It as a mismatch of the tensor that `leaf` holds; None where nothing differs."""
         if self.first is None:
             return None
         rest, index = self.first, []
-        for extent in reversed(shape):
+        for extent in reversed(leaf.shape):
             rest, here = divmod(rest, extent)
             index.append(here)
-        return tuple(reversed(index))
+        return Mismatch(what, tensor, file, self.elements, tuple(reversed(index)), self.worst)
 
 
 @dataclass(slots=True)

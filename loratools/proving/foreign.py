@@ -84,13 +84,10 @@ def judge_target(target: Target, written: Leaf) -> Judged:
 
     Rules are compared on a few rows; those that fit best there are tried on the whole tensor.
     """
-    dtype = torch_dtype(written.dtype)
-    base = dtype if target.base is None else torch_dtype(target.base.dtype)
-    views = _views(target, written)
-    rules = [EXACT] if views[1] is None else rules_for(dtype, base, views[1].terms)
+    views, rules = _views_and_rules(target, written)
     misses = []
     for rule in rules:
-        view = views[0] if rule is EXACT else views[1]
+        view = views[0] if rule == EXACT else views[1]
         assert view is not None
         rows = sample_rows(view.height)
         misses.append(_walk(target, views, rule, rows).difference.elements)
@@ -122,9 +119,7 @@ def explain(target: Target, written: Leaf, judged: Judged, file: str | None) -> 
             what = "not folded"
         elif abs(scaling - 2) < CLOSE:
             what = "folded twice"
-    return Mismatch(
-        what, target.name, file, found.elements, found.index(written.shape), found.worst
-    )
+    return found.mismatch(what, target.name, written, file)
 
 
 # ------------------------------------------------------------------------------- tiles
@@ -196,11 +191,19 @@ def _views(target: Target, written: Leaf) -> tuple[_View, _View | None]:
     return stored, turned
 
 
+def _views_and_rules(
+    target: Target, written: Leaf
+) -> tuple[tuple[_View, _View | None], list[Rule]]:
+    views, dtype = _views(target, written), torch_dtype(written.dtype)
+    base = dtype if target.base is None else torch_dtype(target.base.dtype)
+    return views, [EXACT] if views[1] is None else rules_for(dtype, base, views[1].terms)
+
+
 def _walk(
     target: Target, views: tuple[_View, _View | None], rule: Rule, rows: Sequence[int] | None
 ) -> Judged:
     judged = Judged(rule)
-    if rule is EXACT:
+    if rule == EXACT:
         _exact(target, views[0], rows, judged)
         return judged
     view = views[1]
@@ -213,6 +216,12 @@ def _walk(
         row, column = divmod(judged.difference.first, view.width)
         judged.difference.first = column * view.height + row
     return judged
+
+
+def is_explained(target: Target, written: Leaf, rule: Rule) -> bool:
+    """Whether a rule, if it may have made this tensor at all, explains every element of it."""
+    views, rules = _views_and_rules(target, written)
+    return rule in rules and not _walk(target, views, rule, None).difference.elements
 
 
 def judge_exactly(target: Target, written: Leaf, cut: Cut | None = None) -> Judged:

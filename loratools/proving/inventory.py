@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from loratools.adapter import FLOATS, Leaf, Replace
 from loratools.names.prefixes import PREFIXES, Prefix
 from loratools.plan import Plan, Target
-from loratools.proving.differences import Mismatch, Progress, compare_leaves, each
-from loratools.proving.foreign import Signal, explain, judge_target
+from loratools.proving.differences import (
+    CHANGED,
+    UNKNOWN,
+    Mismatch,
+    Progress,
+    compare_leaves,
+    each,
+)
+from loratools.proving.foreign import Signal, explain, is_explained, judge_target
+from loratools.proving.rules import Rule
 from loratools.weights.base import Base
 
 # What a tool may write or leave out, because its library computes it and never trains it.
@@ -45,7 +53,7 @@ class Compared:
 
     checked: int = 0
     mismatches: list[Mismatch] = field(default_factory=list)
-    rules: Counter[str] = field(default_factory=Counter)  # by touched tensor
+    rules: Counter[Rule] = field(default_factory=Counter)  # by touched tensor
     signal: Signal = field(default_factory=Signal)
     converted: int = 0  # untouched tensors in another dtype
 
@@ -131,6 +139,15 @@ def _tied_copy(name: str, plan: Plan, written: Base, inventory: Inventory) -> Ex
 # ------------------------------------------------------------------------------- comparing
 
 
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """One tensor, compared."""
+
+    mismatch: Mismatch | None = None
+    signal: Signal | None = None
+    rule: Rule | None = None
+
+
 def compare_all(
     inventory: Inventory, written: Base, *, progress: Progress | None = None
 ) -> Compared:
@@ -140,61 +157,62 @@ def compare_all(
     for name in inventory.missing:
         compared.mismatches.append(Mismatch("missing", name))
     for name in inventory.extra:
-        compared.mismatches.append(
-            Mismatch("not in the base, nor in an adapter", name, files[name])
-        )
+        compared.mismatches.append(Mismatch(UNKNOWN, name, files[name]))
 
-    def work(pair: tuple[Expected, str]) -> tuple[Mismatch | None, Signal | None, str | None]:
+    def work(pair: tuple[Expected, str]) -> _Verdict:
         one, place = pair
         return _compare(one, written.tensors[place], files[place])
 
     sizes = [written.tensors[place].nbytes for _, place in inventory.found]
-    results = each(work, inventory.found, sizes=sizes, progress=progress)
-    for (one, place), (mismatch, signal, rule) in zip(inventory.found, results, strict=True):
+    verdicts = each(work, inventory.found, sizes=sizes, progress=progress)
+    for (one, place), verdict in zip(inventory.found, verdicts, strict=True):
         compared.checked += 1
-        if mismatch is not None:
-            compared.mismatches.append(mismatch)
-        if signal is not None:
-            compared.signal.add(signal)
-        if rule is not None:
-            compared.rules[rule] += 1
+        if verdict.mismatch is not None:
+            compared.mismatches.append(verdict.mismatch)
+        if verdict.signal is not None:
+            compared.signal.add(verdict.signal)
         if one.target is None and one.base is not None:
             compared.converted += one.base.dtype != written.tensors[place].dtype
+    compared.rules = _rules(inventory, written, verdicts)
     return compared
 
 
-def _compare(
-    one: Expected, leaf: Leaf, file: str
-) -> tuple[Mismatch | None, Signal | None, str | None]:
-    if leaf.shape != one.shape:
-        return Mismatch(f"is {leaf.shape}, expected {one.shape}", one.name, file), None, None
+def _compare(one: Expected, leaf: Leaf, file: str) -> _Verdict:
     before = leaf if one.base is None else one.base
+    if leaf.shape != one.shape:
+        return _Verdict(Mismatch(f"is {leaf.shape}, expected {one.shape}", one.name, file))
     if leaf.dtype != before.dtype and not {leaf.dtype, before.dtype} <= FLOATS:
-        return Mismatch(f"is {leaf.dtype}, expected {before.dtype}", one.name, file), None, None
+        return _Verdict(Mismatch(f"is {leaf.dtype}, expected {before.dtype}", one.name, file))
     if one.target is None:
-        difference = compare_leaves(before, leaf)
-        if not difference.elements:
-            return None, None, None
-        first = difference.index(leaf.shape)
-        what = "changed, and no adapter touches it"
-        return (
-            Mismatch(what, one.name, file, difference.elements, first, difference.worst),
-            None,
-            None,
-        )
+        return _Verdict(compare_leaves(before, leaf).mismatch(CHANGED, one.name, leaf, file))
     judged = judge_target(one.target, leaf)
-    multiplies = any(not isinstance(t.delta, Replace) for t in one.target.terms)
     mismatch = explain(one.target, leaf, judged, file)
-    rule = str(judged.rule) if multiplies and mismatch is None else None
-    return mismatch, judged.signal, rule
+    multiplies = any(not isinstance(t.delta, Replace) for t in one.target.terms)
+    rule = judged.rule if multiplies and mismatch is None else None
+    return _Verdict(mismatch, judged.signal, rule)
 
 
-def said(rules: Mapping[str, int]) -> str | None:
+def _rules(inventory: Inventory, written: Base, verdicts: Sequence[_Verdict]) -> Counter[Rule]:
+    """The rules of a fold, as few as explain all; a small tensor may agree with several."""
+    counted = Counter(v.rule for v in verdicts if v.rule is not None)
+    settled: Counter[Rule] = Counter()
+    for (one, place), verdict in zip(inventory.found, verdicts, strict=True):
+        if verdict.rule is None or one.target is None:
+            continue
+        rule = verdict.rule
+        for other, _ in counted.most_common():
+            if other == rule or is_explained(one.target, written.tensors[place], other):
+                rule = other
+                break
+        settled[rule] += 1
+    return settled
+
+
+def said(rules: Mapping[Rule, int]) -> str | None:
     """The rules that matched, in words; None where none was needed."""
     if len(rules) <= 1:
-        return next(iter(rules), None)
-    ordered: Iterable[tuple[str, int]] = Counter(rules).most_common()
-    return "; ".join(f"{rule} ({count})" for rule, count in ordered)
+        return next(map(str, rules), None)
+    return "; ".join(f"{rule} ({count})" for rule, count in Counter(rules).most_common())
 
 
 def wrong_size(signal: Signal) -> Mismatch | None:

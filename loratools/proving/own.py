@@ -10,12 +10,14 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Renormed, Replace, leaves
+from loratools.adapter import Adapter, Dense, Kind, LowRank, Renormed, Replace, leaves
 from loratools.algebra import factors
 from loratools.folding import Cut, Desk, fold_target, leaf_rows, torch_dtype
 from loratools.plan import Plan, Target
 from loratools.proving.differences import (
+    CHANGED,
     TILE,
+    UNKNOWN,
     Difference,
     Mismatch,
     Progress,
@@ -60,9 +62,7 @@ def replay_fold(
             replayed.mismatches.append(Mismatch("missing", name))
     for name in written.tensors:
         if name not in pieces:
-            replayed.mismatches.append(
-                Mismatch("not in the base, nor in an adapter", name, files[name])
-            )
+            replayed.mismatches.append(Mismatch(UNKNOWN, name, files[name]))
     desk_at = device or torch.device("cpu")
 
     def work(piece: Piece) -> tuple[Mismatch | None, int]:
@@ -75,7 +75,7 @@ def replay_fold(
         if target is None:
             assert piece.base is not None
             difference, near = compare_leaves(piece.base, leaf), 0
-            what = "changed, and no adapter touches it"
+            what = CHANGED
         else:
             rows = Rows(leaf, tolerance)
             before = None if target.base is None else leaf_rows(target.base)
@@ -84,7 +84,7 @@ def replay_fold(
             difference, near, what = rows.found, rows.near, "folded again it differs"
             if difference.elements and not judge_exactly(target, leaf, cut).difference.elements:
                 difference, near = Difference(), near + difference.elements
-        return _mismatch(difference, leaf, file, what), near
+        return difference.mismatch(what, piece.name, leaf, file), near
 
     there = [piece for name, piece in pieces.items() if name in written.tensors]
     for mismatch, near in each(work, there, sizes=[p.nbytes for p in there], progress=progress):
@@ -101,13 +101,6 @@ def _target(plan: Plan, piece: Piece) -> Target | None:
     if target is None and piece.base is not None:
         target = plan.targets.get(piece.base.name)
     return target if target is not None and target.terms else None
-
-
-def _mismatch(difference: Difference, leaf: Leaf, file: str | None, what: str) -> Mismatch | None:
-    if not difference.elements:
-        return None
-    first = difference.index(leaf.shape)
-    return Mismatch(what, leaf.name, file, difference.elements, first, difference.worst)
 
 
 # ------------------------------------------------------------------------------- adapters
@@ -143,7 +136,9 @@ def _delta(key: str, mine: Kind, its: Kind, file: str | None, same_class: bool) 
     for due, there in zip(_scalings(mine), _scalings(its), strict=True):
         if not isclose(due, there, rel_tol=1e-12):
             return [Mismatch(f"has scaling {there:g}, expected {due:g}", key, file)]
-    found = [_mismatch(compare_leaves(a, b), b, file, "merged again it differs") for a, b in pairs]
+    found = [
+        compare_leaves(a, b).mismatch("merged again it differs", key, b, file) for a, b in pairs
+    ]
     return [m for m in found if m is not None]
 
 

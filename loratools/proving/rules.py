@@ -116,7 +116,7 @@ def rules_for(out: torch.dtype, base: torch.dtype, terms: Terms) -> list[Rule]:
     if len(terms) > 1 and all(isinstance(d, LowRank | Dense) for _, d in terms):
         orders.append("summed")
     multiplies = any(isinstance(k, LowRank) for k in kinds)
-    found: dict[Rule, None] = {}
+    found: dict[Rule, None] = {EXACT: None}
     for work in dict.fromkeys((out, base, F32)):
         wide = F64 if work == F64 else F32
         small = [f for f in dict.fromkeys((work, *stored)) if f.itemsize < 4]
@@ -125,7 +125,7 @@ def rules_for(out: torch.dtype, base: torch.dtype, terms: Terms) -> list[Rule]:
         ):
             rounds = first and multiplies and work.itemsize < 4 and factors != work
             found[Rule(work, factors, rounds, multiplied and factors in small, order)] = None
-    return [EXACT, *found]
+    return list(found)
 
 
 def prepared(terms: Terms, rule: Rule) -> list[Kind]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cli.conftest import write_adapter
+from tests.tiny import write_adapter
 
 
 def test_all_is_well(here, run):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cli.conftest import SIZE, numbers, safetensors, write_adapter
+from tests.tiny import SIZE, numbers, safetensors, write_adapter
 
 KEYS = [
     "format",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import write_adapter, write_base
+from tests.tiny import write_adapter, write_base
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [

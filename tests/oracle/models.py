@@ -274,11 +274,11 @@ def _shrink(layer: LoraLayer, adapter: str) -> None:
 def served(
     name: str, base: Path, adapter: Path, change: Callable[[nn.Module], Any] = nothing
 ) -> nn.Module:
-    """PEFT's model with an adapter on a base; every tensor of the adapter has found its place."""
+    """PEFT's model with an adapter on a base; nothing that the adapter should have is missing."""
     model = load(name, base)
     change(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT warns of missing keys
+        warnings.filterwarnings("error", "Found missing adapter keys")
         return peft.PeftModel.from_pretrained(model, adapter).eval()
 
 
