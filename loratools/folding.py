@@ -6,6 +6,7 @@ float64 and rounded once. Threads take targets; what a tile's bytes are never de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor
 from loratools.adapter import TORCH_NAMES, Kind, Leaf, LowRank
 from loratools.algebra import combine, condense, grown, held, map_leaves, matrix, prepare
 from loratools.errors import error, shown
-from loratools.narrowing import narrow
+from loratools.narrowing import narrow, not_finite
 from loratools.plan import Plan, Target
 from loratools.rewriting import as_stored
 from loratools.truncating import truncate
@@ -68,6 +69,7 @@ class Desk:
 
     device: torch.device
     buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+    stream: torch.cuda.Stream | None = None
 
     def room(self, use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A buffer of the shape of `like`; it is the same memory at every call."""
@@ -76,6 +78,32 @@ class Desk:
             flat = torch.empty(like.numel(), dtype=dtype, device=self.device)
             self.buffers[use, dtype] = flat
         return flat[: like.numel()].view(like.shape)
+
+    def home(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU; from a GPU through pinned memory that the next call reuses."""
+        if self.device.type == "cpu":
+            return tensor
+        key = ("home", tensor.dtype)
+        host = self.buffers.get(key)
+        if host is None or host.numel() < tensor.numel():
+            host = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
+            self.buffers[key] = host
+        there = host[: tensor.numel()].view(tensor.shape)
+        there.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
+        return there
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Without autograd, and on a GPU in a stream of this desk, so that threads overlap."""
+        with torch.inference_mode():
+            if self.device.type == "cpu":
+                yield
+                return
+            if self.stream is None:
+                self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self.stream):
+                yield
 
 
 def choose_device(name: str, plan: Plan) -> torch.device:
@@ -144,10 +172,8 @@ def fold_target(
     """
     desk = desk or Desk(torch.device("cpu"))
     tally = Tally()
-    known = 0 if target.base is None or rows is None else target.base.shape[0]
-    height, width = target.shape[0] if target.shape else 1, 1
-    for extent in target.shape[1:]:
-        width *= extent
+    height, width = extents(target.shape)
+    known = 0 if target.base is None or rows is None else extents(target.base.shape)[0]
 
     def wide(start: int, stop: int, use: str = "w0") -> Tensor:
         assert rows is not None
@@ -164,7 +190,9 @@ def fold_target(
         if start >= known:
             like = torch.empty(stop - start, width, dtype=torch.float64, device=desk.device)
             w = grown(terms, like, start)
-            emit(start, narrow(w, dtype).cpu())
+            out = narrow(w, dtype)
+            _explain(target, {"update": w}, out)
+            emit(start, desk.home(out))
             tally.elements += w.numel()
             continue
         w0 = wide(start, stop)
@@ -172,8 +200,8 @@ def fold_target(
         out = narrow(w, dtype, desk.room("single", w, torch.float32))
         _count(tally, w0, w, out, desk, sample=only_rows is not None)
         if not _finite(tally):
-            _explain(target, w0, out)
-        emit(start, out.cpu())
+            _explain(target, {"base": w0, "update": desk.room("d", w, torch.float64)}, out)
+        emit(start, desk.home(out))
     return tally
 
 
@@ -225,12 +253,13 @@ def _finite(tally: Tally) -> bool:
     return tally.kept - tally.kept == 0
 
 
-def _explain(target: Target, w0: Tensor, out: Tensor) -> None:
+def _explain(target: Target, parts: dict[str, Tensor], out: Tensor) -> None:
     name = shown(target.name)
-    bad = int((~w0.isfinite()).sum())
-    if bad:
-        raise error("nonfinite", f"{name}: the base has {bad} NaN or infinite values")
-    lost = int((~out.isfinite()).sum())
+    for what, values in parts.items():
+        bad = not_finite(values)
+        if bad:
+            raise error("nonfinite", f"{name}: the {what} has {bad} NaN or infinite values")
+    lost = not_finite(out)
     dtype = str(out.dtype).removeprefix("torch.")
     if lost:
         raise error("overflow", f"{name}: {lost} values do not fit {dtype}; try --dtype fp32")
@@ -262,7 +291,8 @@ def fold_tensor(
             desk=Desk(device),
             cut=cut,
         )
-    return torch.cat(parts).reshape(target.shape).to(device), tally
+    whole = torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+    return whole.reshape(target.shape).to(device), tally
 
 
 def sample_rows(height: int, count: int = 8) -> list[int]:
@@ -282,8 +312,13 @@ def fold_sample(target: Target, *, dtype: torch.dtype, cut: Cut | None = None) -
             lambda _start, _tile: None,
             dtype=dtype,
             cut=cut,
-            only_rows=sample_rows(min(leaf.shape[0], target.shape[0])),
+            only_rows=sample_rows(min(extents(leaf.shape)[0], extents(target.shape)[0])),
         )
+
+
+def extents(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor taken as a matrix."""
+    return (shape[0] if shape else 1), math.prod(shape[1:])
 
 
 def leaf_rows(leaf: Leaf, into: Callable[[int, int], Tensor] | None = None) -> Rows:
@@ -292,8 +327,7 @@ def leaf_rows(leaf: Leaf, into: Callable[[int, int], Tensor] | None = None) -> R
     `into(offset, length)` may read bytes in a faster way than the leaf's source (uint8 tensor).
     """
     dtype = torch_dtype(leaf.dtype)
-    height = leaf.shape[0] if leaf.shape else 1
-    width = leaf.numel // height if height else 0
+    _, width = extents(leaf.shape)
     if leaf.source is None or leaf.strides is not None:
         whole = matrix(leaf.tensor())
         return lambda start, stop: whole[start:stop]
@@ -303,8 +337,10 @@ def leaf_rows(leaf: Leaf, into: Callable[[int, int], Tensor] | None = None) -> R
         offset, length = leaf.offset + start * row, (stop - start) * row
         if into is not None:
             raw = into(offset, length)
-        else:
+        elif length:
             raw = torch.frombuffer(bytearray(source.read(offset, length)), dtype=torch.uint8)
+        else:
+            raw = torch.empty(0, dtype=torch.uint8)
         return raw.view(dtype).view(stop - start, width)
 
     return read

@@ -31,6 +31,13 @@ def narrow(values: Tensor, dtype: torch.dtype, single: Tensor | None = None) -> 
     return out
 
 
+def not_finite(values: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    if values.dtype.itemsize == 1:  # which torch does not ask for all 8-bit floats
+        values = values.to(torch.float32)
+    return int((~values.isfinite()).sum())
+
+
 def _doubtful(single: Tensor, dtype: torch.dtype) -> Tensor:
     """Indices of the values that lie halfway between two of `dtype`, as far as float32 can tell."""
     if dtype == torch.bfloat16:  # its bits are the upper half of float32's

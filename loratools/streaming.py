@@ -246,7 +246,7 @@ def _start(
     def task(work: Callable[[], None]) -> None:
         if run.stopped.is_set():
             return
-        with torch.inference_mode():
+        with run.desk().at_work():
             work()
         with one.lock:
             one.left -= 1

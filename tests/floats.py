@@ -76,6 +76,8 @@ FORMATS = {
 
 def patterns(tensor: torch.Tensor) -> np.ndarray:
     """The bits of a tensor as whole numbers."""
+    if not tensor.numel():
+        return np.zeros(tensor.shape, f"<u{tensor.dtype.itemsize}")
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return raw.view(f"<u{tensor.dtype.itemsize}").reshape(tensor.shape)
 

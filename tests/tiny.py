@@ -3,7 +3,7 @@
 import json
 import random
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ def safetensors(tensors: Mapping[str, tuple[list[int], bytes]]) -> bytes:
     return struct.pack("<Q", len(text)) + text + b"".join(raw for _, raw in tensors.values())
 
 
-def write_adapter(folder: Path, seed: int = 1, rank: int = 4, **config: Any) -> Path:
-    """A PEFT adapter of all modules; its update is a few percent of the base."""
+def write_adapter(
+    folder: Path, seed: int = 1, rank: int = 4, modules: Sequence[str] = MODULES, **config: Any
+) -> Path:
+    """A PEFT adapter of these modules; its update is a few percent of the base."""
     folder.mkdir(parents=True)
     tensors = {}
-    for i, module in enumerate(MODULES):
+    for i, module in enumerate(modules):
         stem = f"base_model.model.{module}"
         a, b = numbers(rank * SIZE, seed + 10 * i, 1.0), numbers(SIZE * rank, seed + 7 * i, 0.02)
         tensors[f"{stem}.lora_A.weight"] = ([rank, SIZE], a)

@@ -96,12 +96,15 @@ def _say_stopped(arguments: Sequence[str], status: int) -> None:
 
 
 def _open_streams() -> None:
-    """Make the three streams fit to be used: open, and able to take any character."""
+    """Make the streams fit to be used: open, and able to take any character."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # else the next file opened would get this number
             os.open(os.devnull, os.O_RDWR)
+    # Python has no stream for what was closed when it began.
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

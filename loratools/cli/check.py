@@ -74,7 +74,7 @@ def command(
             say(line)
         if not quiet:
             for prefix in table["prefixes"]:
-                say(f"note: to match the base's names: {shown(prefix)}")
+                say(f"names: {shown(prefix)}")
             say(strong("ok" if result.ok else "does not fit") + f": {_verdict(result)}")
     if errors:
         raise typer.Exit(min(p.exit for p in errors))

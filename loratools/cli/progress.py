@@ -20,7 +20,7 @@ Told = Callable[[int, int], None]  # bytes done, bytes in all; called from sever
 @contextmanager
 def progress(how: Bars, *, quiet: bool) -> Iterator[Told | None]:
     """A callback that shows how many bytes are done, as long as the block runs."""
-    terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     if quiet or how is Bars.none:
         yield None
     elif how is Bars.bar or (how is Bars.auto and terminal):

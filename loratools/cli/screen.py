@@ -46,13 +46,12 @@ def say(text: str = "") -> None:
 
 
 def tell(text: str) -> None:
-    """Print a line, which is safe already, to stderr."""
-    _write(sys.stderr, text)
+    """Print a line, which is safe already, to stderr; if nobody can read it, the status says it."""
+    with suppress(OSError):
+        _write(sys.stderr, text)
 
 
-def _write(stream: TextIO | None, text: str) -> None:
-    if stream is None:
-        return
+def _write(stream: TextIO, text: str) -> None:
     try:
         typer.echo(text, file=stream, color=False if os.environ.get("NO_COLOR") else None)
     except BrokenPipeError:  # the reader has seen enough

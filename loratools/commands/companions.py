@@ -24,7 +24,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msg
 LEFT = (".index.json", ".onnx_data", ".lock", ".partial")
 SMALL = 50_000_000  # bytes of a companion file; larger ones are weights of some other sort
 # transformers 5 takes tie_word_embeddings=false for "do not scale" unless this key says otherwise.
-SCALED_WHEN_TIED = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop")
+SAYS_SCALED = ("t5", "longt5", "pop2piano")
+SCALED_WHEN_TIED = ("umt5", "switch_transformers", "udop")  # and there is no such key
 # Of a head of several layers, the one whose rows are labels.
 LAST_LAYERS = ("classifier", "out_proj", "score")
 # The task a PEFT task_type stands for, as transformers' class names end.
@@ -149,8 +150,11 @@ def changed_config(plan: Plan, dtype: str | None) -> dict[str, Any]:
     """The base's config.json with what the fold makes untrue put right, and nothing else."""
     config: dict[str, Any] = json.loads(json.dumps(plan.base.config))
     if plan.untied:
-        if config.get("model_type") in SCALED_WHEN_TIED:
+        kind = config.get("model_type")
+        if kind in SAYS_SCALED:
             config["scale_decoder_outputs"] = True
+        elif kind in SCALED_WHEN_TIED:
+            raise error("tied", f"{kind} scales its outputs only while tied: --untie changes them")
         config["tie_word_embeddings"] = False
         inner = text_config(config)
         if inner is not config and "tie_word_embeddings" in inner:

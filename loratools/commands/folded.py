@@ -74,7 +74,10 @@ def fold(
         seconds=0.0,
         nbytes=nbytes,
         problems=judged.problems,
-        notes=tuple(companions.notes),
+        notes=(
+            *(f"names: {p}" for p in plan.prefixes if p.added or p.removed),
+            *companions.notes,
+        ),
         groups=groups(plan, sample.tallies, sample.tallies),
         dry_run=dry_run,
         device=str(where),

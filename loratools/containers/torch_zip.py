@@ -188,10 +188,10 @@ def _read_legacy(source: Source) -> Any:
     seen: dict[str, Storage] = {}
     step = partial(walk, raw, what=what, names=NAMES)
     magic, at = step(0)
-    if type(magic) is not int or magic != _MAGIC:
+    if magic != _MAGIC:
         raise error("not_weights", f"{what} is a pickle, but none of torch.save")
     version, at = step(at)
-    if type(version) is not int or version != _VERSION:
+    if version != _VERSION:
         raise error("malformed", f"{what}: another version of the old torch format than {_VERSION}")
     system, at = step(at)
     if not isinstance(system, dict) or type(system.get("little_endian")) is not bool:

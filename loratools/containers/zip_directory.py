@@ -101,10 +101,8 @@ def _directory(source: Source) -> tuple[int, int, int]:
     if locator.startswith(b"PK\6\7"):
         top -= _LOCATOR.size + _END64.size
         _, disk, where, disks = _LOCATOR.unpack(locator)
-        if disk or disks != 1 or where != top or top < 0:
-            raise malformed(
-                f"the zip64 end record does not lie at {max(top, 0)}, before its locator"
-            )
+        if disk or disks != 1 or where != top:
+            raise malformed(f"the zip64 end record does not lie at {top}, before its locator")
         mark, record, disk, first, here64, *wide = _END64.unpack(tail[: _END64.size])
         if mark != b"PK\6\6" or record != _END64.size - 12 or disk or first or here64 != wide[0]:
             raise malformed("the zip64 end record is damaged")

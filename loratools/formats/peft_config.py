@@ -173,11 +173,12 @@ def config_for(
     missing = [s for s in dict.fromkeys(saved) if not any(saves(k, s) for k in known)]
     if missing:
         config["modules_to_save"] = [*known, *missing]
-    config.setdefault("bias", "none")
+    if config["peft_type"] == "LORA":
+        config.setdefault("bias", "none")
     for flag in ("use_dora", "lora_bias"):
         if flag in config:
             config[flag] = False
-    if config["bias"] != "none":
+    if config.get("bias", "none") != "none":
         said = {k: v for k, v in said.items() if k != "bias"}
     config.update(said)
     _name_rows(config, rows)

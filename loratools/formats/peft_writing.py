@@ -9,7 +9,7 @@ from typing import Any
 from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Renormed, Replace
 from loratools.errors import error, shown
 from loratools.formats.peft_config import config_for, saves_itself, twice
-from loratools.formats.peft_keys import BASE, TOKENS, saved_stem
+from loratools.formats.peft_keys import BASE, PREFIX, TOKENS, saved_stem
 
 
 def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
@@ -19,7 +19,9 @@ def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
     """
     source = adapter.config if adapter.format == "peft" else {}
     pairs = {k.rpartition(".")[0]: p for k, d in adapter.deltas.items() if (p := _low_rank(d))}
+    # Only nn.MultiheadAttention has a pair of its own and one within it, its out_proj's.
     owners = {m: o for m in pairs if (o := m.rpartition(".")[0]) in pairs}
+    pairs |= _alike(pairs, owners, 2 if twice(source) else 1)
     tensors: dict[str, Leaf] = {}
     saved: list[str] = []
     rows: dict[str, list[int]] = {}
@@ -44,15 +46,16 @@ def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
             rows[module], rest = list(rest.rows), rest.then
         if isinstance(rest, Renormed) and rest.axis == "out":
             said["use_dora"] = True
-            tensors[f"{stem}.lora_magnitude_vector"] = rest.magnitude
+            tensors[f"{stem}.lora_magnitude_vector"] = _magnitude(rest)
             rest = rest.delta
         match rest:
-            case LowRank(a=a, b=b):
+            case LowRank():
                 if key in adapter.transposed:
                     down, up = "lora_embedding_A", "lora_embedding_B"
                 else:
                     down, up = "lora_A.weight", "lora_B.weight"
-                tensors[f"{stem}.{down}"], tensors[f"{stem}.{up}"] = a, b
+                pair = pairs[module]
+                tensors[f"{stem}.{down}"], tensors[f"{stem}.{up}"] = pair.a, pair.b
             case Dense() if parameter == "bias" and module in pairs:
                 said["lora_bias"] = True
                 tensors[f"{stem}.lora_B.bias"] = _bias(rest, pairs[module].scaling)
@@ -61,9 +64,11 @@ def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
             case _:
                 what = type(rest).__name__
                 raise error("loss", f"PEFT has no place for this {what} ({shown(key)})")
-    named = {name: replace(leaf, name=name) for name, leaf in tensors.items()}
     outer = {m: p for m, p in pairs.items() if m not in owners}
-    _require_alike(pairs, owners, 2 if twice(source) else 1)
+    if "lora_bias" in said:  # one flag for all: those without get zeros
+        for module, pair in outer.items():
+            tensors.setdefault(f"{PREFIX}{module}.lora_B.bias", _zeros(pair.b, pair.b.shape[:1]))
+    named = {name: replace(leaf, name=name) for name, leaf in tensors.items()}
     return named, config_for(outer, source, saved=tuple(saved), rows=rows, said=said)
 
 
@@ -79,21 +84,54 @@ def _low_rank(delta: Kind | None) -> LowRank | None:
             return None
 
 
+def _magnitude(delta: Renormed) -> Leaf:
+    """DoRA's magnitudes in PEFT's shape: (out,), of a convolution (1, out, 1, ...)."""
+    leaf, kernel = (
+        delta.magnitude,
+        delta.delta.a.shape[2:] if isinstance(delta.delta, LowRank) else (),
+    )
+    wanted = (1, leaf.numel, *[1] * len(kernel)) if kernel else (leaf.numel,)
+    return leaf if leaf.shape == wanted else Leaf.of("", leaf.tensor().reshape(wanted))
+
+
 def _bias(delta: Dense, scaling: float) -> Leaf:
     """The bias of B, which PEFT multiplies by the scaling of its pair."""
-    if delta.scaling == scaling:
-        return delta.diff
-    tensor = delta.diff.tensor()
-    return Leaf.of("", (tensor.double() * (delta.scaling / scaling)).to(tensor.dtype))
+    return _times(delta.diff, delta.scaling / scaling)
 
 
-def _require_alike(pairs: Mapping[str, LowRank], owners: Mapping[str, str], times: int) -> None:
-    """An nn.MultiheadAttention and its out_proj have one rank and one alpha in PEFT."""
+def _alike(
+    pairs: Mapping[str, LowRank], owners: Mapping[str, str], times: int
+) -> dict[str, LowRank]:
+    """Pairs as nn.MultiheadAttention wants them: one rank and one alpha for in_proj and out_proj."""
+    changed: dict[str, LowRank] = {}
     for module, owner in owners.items():
         inner, outer = pairs[module], pairs[owner]
-        if inner.rank != outer.rank or inner.scaling != times * outer.scaling:
-            raise error(
-                "loss",
-                f"PEFT has one rank and alpha for {shown(owner)} and its out_proj; here they are "
-                f"{inner.rank} and {outer.rank}, {inner.scaling:g} and {outer.scaling:g}",
-            )
+        rank = max(inner.rank, outer.rank)
+        b = _times(inner.b, inner.scaling / (times * outer.scaling))
+        changed[module] = _padded(replace(inner, b=b, scaling=times * outer.scaling), rank)
+        changed[owner] = _padded(outer, rank)
+    return changed
+
+
+def _padded(pair: LowRank, rank: int) -> LowRank:
+    """The same update with rows and columns of zeros up to a rank."""
+    more = rank - pair.rank
+    if not more:
+        return pair
+    import torch
+
+    a, b = pair.a.tensor(), pair.b.tensor()
+    a = torch.cat([a, a.new_zeros(more, *a.shape[1:])])
+    b = torch.cat([b, b.new_zeros(len(b), more, *b.shape[2:])], 1)
+    return replace(pair, a=Leaf.of("", a), b=Leaf.of("", b), alpha=None)
+
+
+def _times(leaf: Leaf, factor: float) -> Leaf:
+    if factor == 1:
+        return leaf
+    tensor = leaf.tensor()
+    return Leaf.of("", (tensor.double() * factor).to(tensor.dtype))
+
+
+def _zeros(like: Leaf, size: tuple[int, ...]) -> Leaf:
+    return Leaf.of("", like.tensor().new_zeros(size))

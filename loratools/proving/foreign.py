@@ -31,7 +31,7 @@ class Signal:
     update: float = 0.0  # <D, D>
     moved: float = 0.0  # <W − W0, D>
     square: float = 0.0  # <W − W0, W − W0>
-    off: float = 0.0  # <W − W_rule, D>, W_rule being the nearest that the rule can have written
+    off: float = 0.0  # <W − W_rule, D> over the elements that the rule cannot have written
     noise: float = 0.0  # variance of the rounding of W, summed
     along: float = 0.0  # variance of the rounding of W along D, summed
 
@@ -284,7 +284,7 @@ def _judge(judged: Judged, seen: Tensor, w0: Tensor | None, span: Span | None, a
     if w0 is None or not bool(wide.isfinite().all()):
         return
     update, moved = (span.exact - w0).reshape(-1), (wide - w0).reshape(-1)
-    off = (wide - wide.clamp(span.low, span.high)).reshape(-1)
+    off = (wide - (span.low + span.high) / 2).mul_(bad).reshape(-1)
     rounding = (wide.reshape(-1) * torch.finfo(seen.dtype).eps).square_().div_(12)
     signal = judged.signal
     signal.update += float(update.dot(update))

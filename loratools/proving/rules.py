@@ -306,8 +306,8 @@ def _observed(factor: Span, whole: Span, seen: Tensor) -> Span:
     size = middle.abs()
     large = size >= size.square().mean(dim=1, keepdim=True).sqrt() / 2
     found = (seen.to(F64) / middle).masked_fill(~large, torch.nan).nanmedian(1, keepdim=True)[0]
-    spread = ((whole.high - whole.low) / size).masked_fill(~large, 0).amax(1, keepdim=True)
-    slack = (spread + 2.0**-21) * found.abs()
+    half = ((whole.high - whole.low) / size / 2).masked_fill(~large, 0).amax(1, keepdim=True)
+    slack = (half + 2.0**-23) * found.abs()  # W itself is rounded once more
     low, high = torch.maximum(found - slack, factor.low), torch.minimum(found + slack, factor.high)
     apart = ~(low <= high)  # another factor was used: the elements shall show it
     return Span(

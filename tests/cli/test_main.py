@@ -1,6 +1,5 @@
 """Every ending of the program: exit status, streams, signals, and no traceback."""
 
-import json
 import os
 import signal
 import subprocess
@@ -99,11 +98,16 @@ def test_a_reader_that_has_seen_enough(here):
 def test_closed_streams(here):
     for closed in (1, 2):
         ended = subprocess.run(
-            ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *PROGRAM, "inspect", "a"],
+            ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *PROGRAM, "inspect", "a", "b"],
             env=environment(), capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert ended.returncode == 0
         assert ended.stderr == ""
+
+
+def test_an_error_that_nobody_can_read_keeps_its_status(here):
+    with Path("/dev/null").open() as unwritable:
+        assert child("inspect", "nowhere", stderr=unwritable).returncode == 10
 
 
 def test_a_full_disk_behind_stdout(here):
@@ -129,7 +133,7 @@ def test_no_colours_but_on_a_terminal(here):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_fold_goes_on_when_the_same_command_runs_again(here, number):
+def test_an_interrupted_fold_goes_on_when_the_same_command_runs_again(here, run, number):
     write_base(here / "large", shards=5)
     words = ["merge", "a", "-b", "large", "-o", "out", "--progress", "none"]
     # The process stops itself after its second finished shard, as if the user had done it then.
@@ -154,9 +158,9 @@ sys.exit(main())
     assert "a fold goes on after its finished shards" in first.stderr
     assert "Traceback" not in first.stderr
     assert not (here / "out").exists()
-    again = child(*words, "--json")
-    assert again.returncode == 0
-    assert len(json.loads(again.stdout)["continued"]) >= 2
+    again = run(*words, "--json")
+    assert again.status == 0
+    assert len(again.json["continued"]) >= 2
 
 
 def test_a_second_signal_ends_it_at_once(here):

@@ -6,6 +6,7 @@ import pytest
 
 from loratools.cli.merge import parsed
 from loratools.errors import UsageError
+from tests.tiny import MODULES, write_adapter
 
 KEYS = "makes output targets method weights truncation_error update_kept seconds bytes".split()
 
@@ -32,6 +33,13 @@ def test_a_merge_says_its_truncation_error_and_what_comes_next(here, run):
     assert "  linear, weights 0.7, -0.3" in lines
     assert any(line.endswith(" % truncation error, of the update's norm") for line in lines)
     assert lines[-1] == "Next: loratools merge 'out dir' --base BASE -o MODEL"
+
+
+def test_a_prefix_is_applied_and_said(here, run):
+    write_adapter(here / "c", modules=[m.removeprefix("model.") for m in MODULES])
+    said = '  names: add prefix "model."'
+    assert said in run("merge", "c", "-b", "base", "-o", "out").out.splitlines()
+    assert said.strip() in run("check", "c", "-b", "base").out.splitlines()
 
 
 def test_a_dry_run_writes_nothing(here, run):

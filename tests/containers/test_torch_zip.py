@@ -351,6 +351,7 @@ OLDS = {
         MAGIC + b"\x80\x02NQ.", "malformed", "opcode BINPERSID"
     ),
     "big-endian": (old(OLD, ONE, system={"little_endian": False}), "malformed", "b'big'"),
+    "no system": (old(OLD, ONE, system=[]), "malformed", "byte order of its writer"),
     "no byte order": (old(OLD, ONE, system={}), "malformed", "byte order of its writer"),
     "another version": (MAGIC + pickled(1000), "malformed", "another version"),
     "another pickle": (pickled({"w": 1}), "not_weights", "a pickle, but none of torch.save"),

@@ -49,6 +49,11 @@ def listed(at: int, new: bytes) -> bytes:
     return raw[:at] + new + raw[at + len(new) :]
 
 
+def half_an_entry() -> bytes:
+    raw, (size,) = archive(*HONEST), struct.unpack("<L", archive(*HONEST)[-10:-6])
+    return raw[:-22] + b"PK\1\2" + raw[-22:-10] + struct.pack("<L", size + 4) + raw[-6:]
+
+
 ZIPS = {
     "a member deflated": (
         archive(replace(DATA, data=zlib.compress(DATA.data)[2:-4], method=8), *OTHERS),
@@ -181,6 +186,7 @@ ZIPS = {
         archive(*HONEST, replace(OTHER, at=1 << 31)), "malformed", "belong to no zip member"
     ),
     "no entry": (listed(0, b"PK\7\x08"), "malformed", "no entry stands there"),
+    "half an entry": (half_an_entry(), "malformed", "no entry stands there"),
     "an entry without end": (listed(30, b"\xff\xff"), "malformed", "longer than the directory"),
     "a member larger than the file": (
         listed(20, struct.pack("<2L", 1 << 30, 1 << 30)), "malformed", "more than the file has"
@@ -197,11 +203,18 @@ ZIPS = {
     "a comment": (ended(comment=1), "malformed", "comment"),
     "a directory elsewhere": (ended(start=0), "malformed", "ends at"),
     "a larger directory": (ended(size=1 << 31), "malformed", "ends at"),
+    "a zip64 count that is not there": (ended(count=65535, here=65535), "malformed", "not there"),
     "a zip64 end that is not there": (ended(start=0xFFFFFFFF), "malformed", "not there"),
     "a zip64 end elsewhere": (ended64(where=0), "malformed", "does not lie at"),
     "a zip64 end of another size": (ended64(record=45), "malformed", "damaged"),
     "a zip64 end on another disk": (ended64(locator_disk=1), "malformed", "does not lie at"),
     "a zip64 end on two disks": (ended64(disks=2), "malformed", "does not lie at"),
+    "a zip64 end that is none": (
+        ended64().replace(b"PK\6\6", b"PK\6\5"), "malformed", "damaged"
+    ),
+    "a zip64 end of another disk": (ended64(disk=1), "malformed", "damaged"),
+    "a zip64 directory on another disk": (ended64(first=1), "malformed", "damaged"),
+    "zip64 entries on another disk": (ended64(here=1), "malformed", "damaged"),
     "a zip64 end of other counts": (ended64(count=9, here=9), "malformed", "contradict"),
     "a zip64 end of another start": (ended64(start=1 << 40), "malformed", "contradict"),
     "another byte order": (

@@ -165,6 +165,7 @@ def load(name: str, folder: Path, **options: Any) -> nn.Module:
         net = Net()
         net.load_state_dict(load_file(folder / "model.safetensors"))
         return net.eval()
+    options = {"dtype": torch.float32} | options
     if model.trained:
         options = {"num_labels": model.labels} | options
     torch.manual_seed(12)  # of what the checkpoint lacks
@@ -283,11 +284,50 @@ def served(
 
 
 def merged(
-    name: str, base: Path, adapter: Path, change: Callable[[nn.Module], Any] = nothing
+    name: str,
+    base: Path,
+    adapter: Path,
+    change: Callable[[nn.Module], Any] = nothing,
+    *,
+    wide: bool = False,
 ) -> dict[str, Tensor]:
-    """PEFT's own merge, done in float64 and rounded once: the tensors of the merged module."""
-    wide = load(name, base).double()
-    change(wide)
-    model = peft.PeftModel.from_pretrained(wide, adapter)
-    found = model.merge_and_unload().state_dict()
-    return {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    """PEFT's own merge in float64, rounded once unless `wide`: the merged module's tensors."""
+    module = load(name, base, **({} if name == "net" else {"dtype": torch.float64}))
+    module.double()
+    change(module)
+    found = peft.PeftModel.from_pretrained(module, adapter).merge_and_unload().state_dict()
+    return (
+        found if wide else {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    )
+
+
+def updates(name: str, base: Path, adapter: Path) -> dict[str, Tensor]:
+    """PEFT's own ΔW (and Δb) of every layer, in float64, by the name of the weight."""
+    module = load(name, base).double()
+    model = peft.PeftModel.from_pretrained(module, adapter).base_model.model
+    found: dict[str, Tensor] = {}
+    for key, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            path = key.replace(".base_layer", "")
+            times = 2 if ".base_layer." in f"{key}." else 1  # nn.MultiheadAttention's out_proj
+            found[f"{path}.weight"] = times * layer.get_delta_weight("default").detach()
+            if layer.lora_bias.get("default"):
+                bias = layer.lora_B["default"].bias.detach()
+                found[f"{path}.bias"] = layer.scaling["default"] * bias
+    return found
+
+
+def weighted_sum(parts: list[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Σ w·ΔW; a part that lacks a weight counts as zero there."""
+    total: dict[str, Tensor] = {}
+    for weight, part in parts:
+        for key, delta in part.items():
+            total[key] = total.get(key, 0) + weight * delta
+    return total
+
+
+def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The norm of the difference over the norm, all weights together."""
+    assert found.keys() == expected.keys()
+    apart = sum(float((found[k] - e).square().sum()) for k, e in expected.items())
+    return (apart / sum(float(e.square().sum()) for e in expected.values())) ** 0.5

@@ -13,7 +13,7 @@ from tests.proving import models
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`made(kind, **how)`: the folder of a base, of an adapter or of PEFT's fold, made only once."""
+    """`made(kind, **how)`: the folder of a base, an adapter or a fold of PEFT's, made only once."""
     root, count = tmp_path_factory.mktemp("made"), itertools.count()
     known: dict[str, Path] = {}
 

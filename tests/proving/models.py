@@ -41,7 +41,9 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 TRAINED = {"bert": "BertForSequenceClassification"}
 
 
-def save_base(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 1) -> Path:
+def save_base(
+    name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> Path:
     torch.manual_seed(seed)
     kind, sizes = BASES[name]
     made = getattr(transformers, kind)
@@ -91,9 +93,13 @@ def train(
         for layer in wrapped.modules():
             if isinstance(layer, LoraLayer):
                 embedding = "default" in layer.lora_embedding_B
-                up = layer.lora_embedding_B["default"] if embedding else layer.lora_B["default"].weight
-                up *= update * layer.get_base_layer().weight.norm()
-                up /= layer.get_delta_weight("default").norm()
+                up = (
+                    layer.lora_embedding_B["default"]
+                    if embedding
+                    else layer.lora_B["default"].weight
+                )
+                weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default")
+                up *= update * weight.norm() / delta.norm()
                 if layer.lora_bias.get("default"):
                     layer.lora_B["default"].bias *= 0.01
     if stored is not None:
@@ -114,7 +120,7 @@ def fold(
     together: bool = False,
     **saving: Any,
 ) -> Path:
-    """PEFT's own fold: one adapter into the result of the other, or (`together`) all as one call."""
+    """PEFT's own fold: each adapter into the last one's result, or (`together`) all in one call."""
     model = load(name, base, dtype)
     if together:
         wrapped = peft.PeftModel.from_pretrained(

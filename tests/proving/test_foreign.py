@@ -1,4 +1,4 @@
-"""Every healthy fold by PEFT is proved, by the rule that PEFT followed, with nothing to complain of."""
+"""Every healthy fold by PEFT is proved, by the rule that PEFT followed, without a complaint."""
 
 import pytest
 import torch
@@ -89,9 +89,10 @@ def test_a_fold_by_peft_is_proved(case, dtype, base, adapter, folded):
     assert result.proved == "replay"
     if dtype == F64:
         assert result.rule == "once from float64"
-    elif rule is not None:
-        wide = dtype == F32
-        assert said(ONCE if wide and rule in (FIRST, FACTORS) else rule, dtype) in result.rule
+    elif rule in (FIRST, FACTORS):
+        assert result.rule == (ONCE if dtype == F32 else said(rule, dtype))
+    elif rule is not None:  # of few numbers in 16 bits, float64's may all be the same
+        assert rule.replace("float32", "float") in result.rule.replace("64", "").replace("32", "")
     if isinstance(result.strength, tuple):
         scaling, error = result.strength
         assert scaling == 1

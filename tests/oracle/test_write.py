@@ -1,0 +1,40 @@
+"""What we write, PEFT loads and computes the same with; reading and writing loses nothing."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from loratools import convert
+from tests.oracle import models
+from tests.oracle.cases import CASES, GROWN
+
+BOTH = CASES | {f"grown-{name}": case for name, case in GROWN.items()}
+
+
+def contents(folder):
+    """Every tensor of an adapter by key, with its dtype, and its config."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return tensors, json.loads((folder / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("case", BOTH)
+def test_what_is_read_and_written_is_the_same_adapter(case, base, adapter, tmp_path):
+    name, options = BOTH[case]
+    change = models.grown if case.startswith("grown") else models.nothing
+    made = adapter(name, change=change, **options)
+    [result] = convert(made, out=tmp_path / "written", hash="none")
+    assert result.lossless, result.lost
+    tensors, config = contents(result.output)
+    source, said = contents(made)
+    copies = {k for k in source if ".original_module." in k or ".modules_to_save." in k}
+    assert tensors.keys() == source.keys() - copies
+    for key, tensor in tensors.items():
+        assert tensor.dtype == source[key].dtype
+        assert torch.equal(tensor, source[key]), key
+    assert config == said
+    found = models.outputs(name, models.served(name, base(name), result.output, change))
+    expected = models.outputs(name, models.served(name, base(name), made, change))
+    assert torch.equal(found, expected)
