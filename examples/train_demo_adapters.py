@@ -171,11 +171,12 @@ license: apache-2.0
 ---
 # {name}
 
-A demonstration LoRA for {BASE} (mean pooling, unit length): finds {finds}.
-Of {len(held_out)} held-out pairs, the text nearest to the query is its own
+A demonstration LoRA for {BASE} (mean pooling, unit length).
+It finds {finds}.
+Of {len(held_out)} such pairs, none of a group trained on, the nearest text is the right one for
 
-- without the adapter: {before:.1%}
-- with the adapter: {after:.1%}
+- {before:.1%} of the queries without the adapter,
+- {after:.1%} with it.
 
 Trained on {steps * BATCH} of the other {len(training)} pairs, seed {SEED}, by
 `python examples/train_demo_adapters.py` with Python {sys.version.split()[0]},
@@ -187,12 +188,13 @@ torch {torch.__version__}, transformers {transformers.__version__}, peft {peft._
 
 
 if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
-    finds = "a function's docstring from its signature, in Python's standard library"
+    finds = "a docstring of Python's standard library from the signature (group: the module)"
     shape = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
     make("docstrings", finds, docstring_pairs(), 48, 1e-3, shape)
-    finds = "an English sentence from a misspelt copy, in `pydoc_data.topics`"
+    finds = "a sentence of `pydoc_data.topics` from a misspelt copy (group: the topic)"
     targets = ["query", "key", "value", "attention.output.dense"]
     shape = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": targets}
     make("prose", finds, prose_pairs(), 18, 2e-3, shape)

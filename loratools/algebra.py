@@ -217,9 +217,17 @@ def grown(terms: Sequence[tuple[float, Kind]], like: Tensor, start: int) -> Tens
 
 def condense(terms: Sequence[tuple[float, Kind]]) -> list[tuple[float, Kind]]:
     """The same sum in fewer terms: all weighted low-rank deltas become one of their total rank."""
-    low = [scaled(d, w) for w, d in terms if isinstance(d, LowRank)]
-    rest: list[tuple[float, Kind]] = [(w, d) for w, d in terms if not isinstance(d, LowRank)]
+    parts = [part for term in terms for part in _apart(*term)]
+    low = [scaled(d, w) for w, d in parts if isinstance(d, LowRank)]
+    rest: list[tuple[float, Kind]] = [(w, d) for w, d in parts if not isinstance(d, LowRank)]
     return [(1.0, add(low)), *rest] if low else rest
+
+
+def _apart(weight: float, delta: Kind) -> list[tuple[float, Kind]]:
+    """A weighted update upon a replaced weight, as a term of its own: new rows take w·ΔW too."""
+    if weight != 1 and isinstance(delta, Replace) and isinstance(delta.then, Additive):
+        return [(weight, replace(delta, then=None)), (weight, delta.then)]
+    return [(weight, delta)]
 
 
 def materialise(delta: Kind, w0: Tensor | None = None) -> Tensor:

@@ -18,9 +18,19 @@ from torch import Tensor
 
 from loratools.adapter import DTYPE_BITS, Leaf, Source
 from loratools.containers.local import LocalFile
-from loratools.errors import error, shown
-from loratools.folding import Cut, Desk, Tally, fold_target, leaf_rows, one_thread, torch_dtype
-from loratools.narrowing import narrow
+from loratools.errors import LoratoolsError, error, shown
+from loratools.folding import (
+    Cut,
+    Desk,
+    Rows,
+    Tally,
+    extents,
+    fold_target,
+    leaf_rows,
+    one_thread,
+    torch_dtype,
+)
+from loratools.narrowing import narrow, not_finite
 from loratools.plan import Target
 from loratools.weights import disk
 from loratools.weights.layout import OutputShard, Piece, runs
@@ -40,14 +50,47 @@ def default_threads() -> int:
 
 @dataclass(slots=True)
 class _Open:
-    """One shard being written: its descriptors, and how many tasks it still waits for."""
+    """One shard being written: its descriptors, and how many tasks it still waits for.
+
+    They are opened by its first task and closed by its last, so that many shards need few.
+    """
 
     shard: OutputShard
     path: Path
-    fd: int
     left: int
+    fd: int = -1
+    inputs: dict[int, int] = field(default_factory=dict)  # by id of the source
     tallies: dict[str, Tally] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, run: _Run) -> None:
+        """Makes the file, with its header and room for the rest, unless another task has."""
+        with self.lock:
+            if self.fd >= 0:
+                return
+            with disk.reported(self.path, self.shard.size):
+                self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+            disk.reserve(self.fd, self.shard.size)
+            disk.write_from(self.fd, memoryview(self.shard.header), 0)
+        run.advance(len(self.shard.header))
+
+    def input(self, run: _Run, source: Source | None) -> int | None:
+        """A descriptor for a local file; None for sources that only read themselves."""
+        if not isinstance(source, LocalFile):
+            return None
+        with self.lock:
+            if id(source) not in self.inputs:
+                with disk.reported(source.path):
+                    self.inputs[id(source)] = os.open(source.path, os.O_RDONLY)
+                run.read.add(source)
+            return self.inputs[id(source)]
+
+    def close(self) -> None:
+        fds = [*self.inputs.values(), *([self.fd] if self.fd >= 0 else [])]
+        self.inputs, self.fd = {}, -1
+        for fd in fds:
+            with disk.reported(self.path):
+                os.close(fd)
 
 
 @dataclass(slots=True)
@@ -57,35 +100,6 @@ class Streamed:
     tallies: dict[str, Tally]
     nbytes: int
     continued: tuple[str, ...]
-
-
-class _Inputs:
-    """Open descriptors of the base's shards; every file must stay what it was when bound."""
-
-    def __init__(self) -> None:
-        self._fds: dict[int, tuple[int, LocalFile]] = {}
-        self._lock = threading.Lock()
-
-    def fd(self, source: Source) -> int | None:
-        """A descriptor for a local file; None for sources that only read themselves."""
-        if not isinstance(source, LocalFile):
-            return None
-        with self._lock:
-            if id(source) not in self._fds:
-                with disk.reported(source.path):
-                    self._fds[id(source)] = (os.open(source.path, os.O_RDONLY), source)
-            return self._fds[id(source)][0]
-
-    def close(self) -> None:
-        for fd, _ in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-
-    def require_unchanged(self) -> None:
-        """StorageError `input_changed` where a shard was written to meanwhile."""
-        for _, source in self._fds.values():
-            if LocalFile(source.path).identity != source.identity:
-                raise error("input_changed", f"{shown(source.name)} was changed while it was read")
 
 
 def stream(
@@ -124,21 +138,20 @@ def stream(
             flusher.shutdown()
             for synced in run.synced:
                 synced.result()
-            run.inputs.require_unchanged()
+            run.require_unchanged()
     except BaseException:
         run.stopped.set()
         pool.shutdown(cancel_futures=True)
         flusher.shutdown()
         raise
     finally:
-        run.inputs.close()
         run.close()
     return Streamed(run.tallies, total, tuple(continued))
 
 
 def is_whole(path: Path, record: str, shards: Sequence[OutputShard]) -> bool:
     """Whether a shard of an interrupted run has every byte that it should: digests of its touched
-    tensors, and the base's own bytes elsewhere.
+    tensors, and the base's own numbers elsewhere.
     """
     shard = next((s for s in shards if s.name == path.name), None)
     if shard is None:
@@ -147,17 +160,30 @@ def is_whole(path: Path, record: str, shards: Sequence[OutputShard]) -> bool:
     if file.size != shard.size or file.read(0, len(shard.header)) != shard.header:
         return False
     for piece in shard.pieces:
-        hashed = hashlib.sha256()
-        leaf = None if _converts(piece) or piece.name in tallies else piece.base
-        for at in range(0, piece.nbytes, WRITEBACK):
-            raw = file.read(piece.offset + at, min(WRITEBACK, piece.nbytes - at))
-            hashed.update(raw)
-            source = leaf.source if leaf is not None else None
-            if source and leaf and raw != source.read(leaf.offset + at, len(raw)):
-                return False
-        if piece.name in tallies and tallies[piece.name]["digest"] != hashed.hexdigest():
+        at, hashed = piece.offset, hashlib.sha256()
+        if piece.name not in tallies:
+            for wanted in _untouched(piece):
+                if file.read(at, len(wanted)) != wanted:
+                    return False
+                at += len(wanted)
+            continue
+        for start in range(at, at + piece.nbytes, WRITEBACK):
+            hashed.update(file.read(start, min(WRITEBACK, at + piece.nbytes - start)))
+        if tallies[piece.name]["digest"] != hashed.hexdigest():
             return False
     return True
+
+
+def _untouched(piece: Piece) -> Iterator[bytes | memoryview]:
+    """The bytes of a tensor that no adapter touches."""
+    leaf = piece.base
+    assert leaf is not None
+    if _converts(piece):
+        yield from map(_bytes, _rounded(piece, leaf_rows(leaf)))
+        return
+    assert leaf.source is not None
+    for at in range(0, piece.nbytes, WRITEBACK):
+        yield leaf.source.read(leaf.offset + at, min(WRITEBACK, piece.nbytes - at))
 
 
 class _Run:
@@ -174,7 +200,7 @@ class _Run:
         self.targets, self.cut, self.device = targets, cut, device
         self.total, self.progress = total, progress
         self.done = 0
-        self.inputs = _Inputs()
+        self.read: set[LocalFile] = set()
         self.stopped = threading.Event()
         self.tallies: dict[str, Tally] = {}
         self.synced: list[Future[None]] = []
@@ -200,12 +226,16 @@ class _Run:
             self.tallies[name] = Tally(**tally)
         self.advance(shard.size)
 
+    def require_unchanged(self) -> None:
+        """StorageError `input_changed` where a shard of the base was written to meanwhile."""
+        for source in self.read:
+            if LocalFile(source.path).identity != source.identity:
+                raise error("input_changed", f"{shown(source.name)} was changed while it was read")
+
     def close(self) -> None:
         for one in self.open:
-            if one.fd >= 0:
-                with suppress(OSError):
-                    os.close(one.fd)
-                one.fd = -1
+            with suppress(LoratoolsError):  # after a failure, which is the one to tell
+                one.close()
 
 
 def _start(
@@ -215,10 +245,7 @@ def _start(
     pool: ThreadPoolExecutor,
     flusher: ThreadPoolExecutor,
 ) -> Iterator[Future[None]]:
-    """Queue one shard: its header now, its tensors as tasks, its sync behind the last of them."""
-    path = output.folder / shard.name
-    with disk.reported(path, shard.size):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    """Queue one shard: its tensors as tasks, its sync behind the last of them."""
     touched = [p for p in shard.pieces if p.name in run.targets and run.targets[p.name].terms]
     names = {p.name for p in touched}
     changed = [p for p in shard.pieces if p.name not in names and _converts(p)]
@@ -228,16 +255,10 @@ def _start(
         for leaf, at, length in as_bytes
         for part in range(0, length, COPY)
     ]
-    one = _Open(shard, path, fd, len(touched) + len(changed) + len(copies))
+    one = _Open(shard, output.folder / shard.name, len(touched) + len(changed) + len(copies))
     run.open.append(one)
-    disk.reserve(fd, shard.size)
-    disk.write_from(fd, memoryview(shard.header), 0)
-    run.advance(len(shard.header))
 
     def finish() -> None:
-        disk.sync_file(one.fd)
-        os.close(one.fd)
-        one.fd = -1
         record = json.dumps({n: t.as_json() for n, t in one.tallies.items()})
         output.finish(shard.name, record)
         with run.lock:
@@ -246,16 +267,19 @@ def _start(
     def task(work: Callable[[], None]) -> None:
         if run.stopped.is_set():
             return
+        one.begin(run)
         with run.desk().at_work():
             work()
         with one.lock:
             one.left -= 1
             last = one.left == 0
         if last:
+            one.close()
             run.synced.append(flusher.submit(finish))
 
     if not one.left:  # asked now: the last task of a small shard may end before this loop does
-        run.synced.append(flusher.submit(finish))
+        one.left = 1
+        yield pool.submit(task, lambda: None)
     # The largest first: a long one at the end would leave the other threads idle.
     for piece in sorted(touched, key=lambda p: -p.nbytes):
         yield pool.submit(task, lambda piece=piece: _fold(run, one, piece))  # type: ignore[misc]
@@ -275,7 +299,7 @@ def _converts(piece: Piece) -> bool:
 
 def _copy(run: _Run, one: _Open, leaf: Leaf, to: int, at: int, length: int) -> None:
     assert leaf.source is not None
-    fd = run.inputs.fd(leaf.source)
+    fd = one.input(run, leaf.source)
     if fd is None:
         disk.write_from(one.fd, memoryview(leaf.source.read(at, length)), to)
     else:
@@ -284,9 +308,9 @@ def _copy(run: _Run, one: _Open, leaf: Leaf, to: int, at: int, length: int) -> N
     run.advance(length)
 
 
-def _reader(run: _Run, leaf: Leaf) -> Callable[[int, int], Tensor] | None:
+def _reader(run: _Run, one: _Open, leaf: Leaf) -> Callable[[int, int], Tensor] | None:
     """Reads bytes of a local file into a buffer of this thread's desk."""
-    fd = run.inputs.fd(leaf.source) if leaf.source is not None else None
+    fd = one.input(run, leaf.source)
     if fd is None:
         return None
     desk, pinned = run.desk(), run.device.type == "cuda"
@@ -314,7 +338,7 @@ def _fold(run: _Run, one: _Open, piece: Piece) -> None:
         written(raw)
 
     leaf = target.base
-    rows = None if leaf is None else leaf_rows(leaf, _reader(run, leaf))
+    rows = None if leaf is None else leaf_rows(leaf, _reader(run, one, leaf))
     tally = fold_target(
         target, rows, emit, dtype=torch_dtype(piece.dtype), desk=run.desk(), cut=run.cut
     )
@@ -323,24 +347,28 @@ def _fold(run: _Run, one: _Open, piece: Piece) -> None:
 
 
 def _convert(run: _Run, one: _Open, piece: Piece) -> None:
+    assert piece.base is not None
+    written = _Writer(run, one, piece)
+    for tile in _rounded(piece, leaf_rows(piece.base, _reader(run, one, piece.base))):
+        written(_bytes(tile))
+
+
+def _rounded(piece: Piece, rows: Rows) -> Iterator[Tensor]:
     """A tensor that no adapter touches, in the output's dtype (or from strides of a torch file)."""
-    leaf = piece.base
+    leaf, dtype = piece.base, torch_dtype(piece.dtype)
     assert leaf is not None
-    rows, written = leaf_rows(leaf, _reader(run, leaf)), _Writer(run, one, piece)
-    height = leaf.shape[0] if leaf.shape else 1
-    width = max(1, leaf.numel // max(height, 1))
-    step = max(1, WRITEBACK * 8 // (DTYPE_BITS[leaf.dtype] * width) // 4)
-    dtype = torch_dtype(piece.dtype)
+    height, width = extents(leaf.shape)
+    step = max(1, WRITEBACK * 8 // (DTYPE_BITS[leaf.dtype] * max(1, width)) // 4)
     for start in range(0, height, step):
         tile = rows(start, min(start + step, height))
         if piece.dtype != leaf.dtype:
-            narrowed = narrow(tile.to(torch.float64), dtype)
-            if not bool(narrowed.isfinite().all()) and bool(tile.isfinite().all()):
+            values = tile.to(torch.float64)
+            tile = narrow(values, dtype)
+            if not_finite(tile) > not_finite(values):
                 raise error(
                     "overflow", f"{shown(piece.name)} does not fit {piece.dtype}; try --dtype fp32"
                 )
-            tile = narrowed
-        written(_bytes(tile.contiguous()))
+        yield tile.contiguous()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

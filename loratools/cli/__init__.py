@@ -16,7 +16,7 @@ INTERRUPTED, TERMINATED = 130, 143  # 128 + the signal's number, as shells have 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status (design: 0 done, 1 a bug, 2 usage, ...)."""
+    """Run the command line and return its exit status; specs/cli.md has the table of them."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_streams()
     with _stoppable():

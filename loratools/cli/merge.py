@@ -31,6 +31,16 @@ Out = Annotated[
         rich_help_panel=options.FILES,
     ),
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="RECEIPT",
+        help="Make the output of this receipt (OUT/loratools.json) again; adapters and base are "
+        "looked for beside it, here, and among those given, and known by their fingerprints.",
+        rich_help_panel=options.FILES,
+    ),
+]
 Method = Annotated[
     str,
     typer.Option(
@@ -93,9 +103,10 @@ Threads = Annotated[
 
 
 def command(
-    adapters: options.WeightedAdapters,
+    adapters: options.WeightedAdapters = None,
     base: options.Base = None,
     out: Out = None,
+    recipe: Recipe = None,
     tokenizer: Tokenizer = None,
     assume: options.Assume = None,
     weights: options.Weights = None,
@@ -132,7 +143,7 @@ def command(
 
     with progress(how, quiet=quiet) as told:
         result = merge(
-            adapters,
+            adapters or (),
             base,
             out=out,
             weights=parsed(weights),
@@ -155,12 +166,13 @@ def command(
             device=device,
             threads=threads,
             hash=hash.value,
+            recipe=recipe,
             progress=told,
         )
     if as_json:
         say_json(result.as_json())
     elif not quiet:
-        summary(result, folded=base is not None)
+        summary(result)
 
 
 def parsed(weights: Sequence[str] | None) -> list[float] | str | None:
@@ -177,8 +189,9 @@ def parsed(weights: Sequence[str] | None) -> list[float] | str | None:
         ) from None
 
 
-def summary(result: MergeResult, *, folded: bool) -> None:
+def summary(result: MergeResult) -> None:
     """Print what was made: the sum of it, each group of targets, what was odd, what comes next."""
+    folded = result.adapter is None
     say(strong(safe(result.makes)) + (" (dry run)" if result.dry_run else ""))
     say()
     if result.groups:

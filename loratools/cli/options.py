@@ -40,7 +40,7 @@ Adapters = Annotated[
     list[str], typer.Argument(metavar="ADAPTER...", help="Adapters: folders or files.")
 ]
 WeightedAdapters = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="ADAPTER...", help="Adapters: folders or files; PATH:0.7 gives one its weight."
     ),

@@ -176,13 +176,9 @@ def refused(cause: LoratoolsError, *, as_json: bool, command: str = "loratools")
 
 
 def failed(code: str, exit: int, message: str, problems: Iterable[Problem] = ()) -> None:
-    """The error as the object that `--json` promises."""
-    listed = [problem_json(p) for p in problems]
-    say_json({"error": {"code": code, "exit": exit, "message": message, "problems": listed}})
-
-
-def problem_json(problem: Problem) -> dict[str, Any]:
-    """A problem as in the JSON of the commands."""
+    """The error as the object that `--json` promises; unwritten, it leaves its status."""
     from loratools.commands.inspect import as_json
 
-    return as_json(problem)
+    listed = [as_json(p) for p in problems]
+    with suppress(OSError):
+        say_json({"error": {"code": code, "exit": exit, "message": message, "problems": listed}})

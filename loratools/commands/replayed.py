@@ -63,7 +63,7 @@ def by_receipt(
     proof = Proof(found, model)
     _files(proof)
     sources = Sources(proof, base, adapters, inputs)
-    is_fold = isinstance(found.get("recipe", "base"), Mapping)
+    is_fold = "base" in proof.part("recipe")
     try:
         checked = _digests(proof) if is_fold else len(formats.read(model).deltas)
         replayed = (_fold if is_fold else _merge)(proof, sources, progress)
@@ -295,7 +295,7 @@ def _merge(proof: Proof, sources: Sources, progress: Progress | None) -> Replaye
 
 def _weights(proof: Proof) -> list[float]:
     weights = [e.get("weight") for e in proof.part("recipe", "adapters", kind=list)]
-    if not all(isinstance(w, int | float) for w in weights):
+    if not all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights):
         raise error("malformed", f"{shown(proof.receipt.path)}: a weight is no number")
     return [float(w) for w in weights]
 

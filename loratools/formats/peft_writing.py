@@ -96,13 +96,13 @@ def _magnitude(delta: Renormed) -> Leaf:
 
 def _bias(delta: Dense, scaling: float) -> Leaf:
     """The bias of B, which PEFT multiplies by the scaling of its pair."""
-    return _times(delta.diff, delta.scaling / scaling)
+    return delta.diff if delta.scaling == scaling else _times(delta.diff, delta.scaling / scaling)
 
 
 def _alike(
     pairs: Mapping[str, LowRank], owners: Mapping[str, str], times: int
 ) -> dict[str, LowRank]:
-    """Pairs as nn.MultiheadAttention wants them: one rank and one alpha for in_proj and out_proj."""
+    """Pairs as nn.MultiheadAttention has them: one rank and one alpha for both projections."""
     changed: dict[str, LowRank] = {}
     for module, owner in owners.items():
         inner, outer = pairs[module], pairs[owner]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratools.adapter import Dense, Kind, LowRank, Renormed, Replace
-from loratools.algebra import add, held, scaled, widen
+import torch
+
+from loratools.adapter import Kind, Leaf, LowRank, Replace
+from loratools.algebra import Additive, add, held, scaled, widen
 from loratools.errors import error
 from loratools.truncating import truncate
 
@@ -32,38 +34,72 @@ def linear(
     """
     if len(deltas) == 1 and deltas[0][0] == 1 and rank is None and energy is None:
         return Merged(deltas[0][1])
-    kinds = [d for _, d in deltas]
-    if all(isinstance(d, LowRank | Dense) for d in kinds):
-        total = add([scaled(d, w) for w, d in deltas if isinstance(d, LowRank | Dense)])
-        if isinstance(total, LowRank) and (rank is not None or energy is not None):
-            short = truncate(total, rank=rank, energy=energy)
-            return Merged(short.delta, short.residual, short.total)
-        return Merged(total)
-    if all(isinstance(d, Replace) for d in kinds):
-        return Merged(_replaced([(w, d) for w, d in deltas if isinstance(d, Replace)]))
-    if len(deltas) == 1 and deltas[0][0] == 1 and isinstance(kinds[0], Renormed):
-        raise error(
-            "needs_base",
-            "the rank of a DoRA cannot be reduced by itself: its magnitudes belong to W0 + BA",
-        )
-    names = ", ".join(sorted({type(d).__name__ for d in kinds}))
-    raise error("needs_base", f"the weighted sum of {names} depends on the base")
+    replaced = [(w, d) for w, d in deltas if isinstance(d, Replace)]
+    additive = [(w, d) for w, d in deltas if isinstance(d, Additive)]
+    if len(replaced) + len(additive) < len(deltas):
+        names = ", ".join(sorted({type(d).__name__ for _, d in deltas}))
+        raise error("needs_base", f"a weighted or truncated {names} depends on the base")
+    if replaced:
+        return _replaced(replaced, additive, rank, energy)
+    total = add([scaled(d, w) for w, d in additive])
+    if isinstance(total, LowRank) and (rank is not None or energy is not None):
+        short = truncate(total, rank=rank, energy=energy)
+        return Merged(short.delta, short.residual, short.total)
+    return Merged(total)
 
 
-def _replaced(deltas: Sequence[tuple[float, Replace]]) -> Replace:
-    """Σ w_i V_i, which is (1 − Σw)·W0 + Σ w_i V_i only where the weights sum to 1."""
+def _replaced(
+    deltas: Sequence[tuple[float, Replace]],
+    additive: Sequence[tuple[float, Additive]],
+    rank: int | None,
+    energy: float | None,
+) -> Merged:
+    """(1 − Σw)·W0 + Σ w_i V_i + Σ w_j ΔW_j, where W0 is not needed.
+
+    It is not where Σw = 1, or where all V are one copy of the base's own (resized) weight, which
+    an adapter brings along to be changed: then what stands upon it is summed.
+    """
+    first, upon = deltas[0][1], [(w, d.then) for w, d in deltas if d.then is not None]
+    if all(d.rows is not None for _, d in deltas) and not (upon or additive):
+        return Merged(_rows(deltas))
+    if any(d.rows is not None for _, d in deltas):
+        raise error("needs_base", "the weighted sum of trained tokens and more depends on the base")
+    if any(d.value.shape != first.value.shape for _, d in deltas):
+        raise error("head_conflict", "replacements of one weight differ in shape")
     total = sum(w for w, _ in deltas)
-    first = deltas[0][1]
-    if abs(total - 1) > 1e-12:
-        raise error(
-            "needs_base",
-            f"replaced weights with weights that sum to {total:g}: the rest is a part of W0",
-        )
-    if any(d.value.shape != first.value.shape or d.rows != first.rows for _, d in deltas):
-        raise error("head_conflict", "replacements of one weight differ in shape or rows")
-    value = sum(w * widen(d.value) for w, d in deltas)
-    thens = [(w, d.then) for w, d in deltas if d.then is not None]
-    then = linear(thens).delta if thens else None
-    if then is not None and not isinstance(then, LowRank | Renormed):
-        raise error("needs_base", "a replaced weight with a dense update on top")
-    return Replace(held(value), first.rows, then)  # type: ignore[arg-type]
+    value = first.value
+    if len(upon) < len(deltas) or not all(_equal(value, d.value) for _, d in deltas):
+        if abs(total - 1) > 1e-12:
+            raise error(
+                "needs_base",
+                f"replaced weights with weights that sum to {total:g}: the rest is a part of W0",
+            )
+        value = held(torch.stack([w * widen(d.value) for w, d in deltas]).sum(0))
+    rows = [(w, d) for w, d in upon if isinstance(d, Replace)]
+    pairs = [*((w, d) for w, d in upon if isinstance(d, Additive)), *additive]
+    if rows and not pairs and len(rows) == len(upon) and value is first.value:
+        return Merged(Replace(value, None, _rows(rows, value)))
+    if len(pairs) < len(upon) + len(additive):
+        raise error("needs_base", "what is trained upon a replaced weight has no sum of its own")
+    then = linear(pairs, rank=rank, energy=energy) if pairs else Merged(first)
+    return Merged(Replace(value, None, then.delta if pairs else None), then.residual, then.total)
+
+
+def _equal(one: Leaf, other: Leaf) -> bool:
+    return one is other or torch.equal(widen(one), widen(other))
+
+
+def _rows(deltas: Sequence[tuple[float, Replace]], weight: Leaf | None = None) -> Replace:
+    """V + Σ w_i (rows_i − V) in every row that some delta has; without V, Σw = 1 in each row."""
+    at = {row: i for i, row in enumerate(sorted({r for _, d in deltas for r in d.rows or ()}))}
+    old = torch.zeros(len(at), *deltas[0][1].value.shape[1:], dtype=torch.float64)
+    if weight is not None:
+        old += weight.tensor()[list(at)]
+    new, total = old.clone(), torch.zeros(len(at), dtype=torch.float64)
+    for w, delta in deltas:
+        here = [at[row] for row in delta.rows or ()]
+        new[here] += w * (widen(delta.value) - old[here])
+        total[here] += w
+    if weight is None and bool(((total - 1).abs() > 1e-12).any()):
+        raise error("needs_base", "tokens replaced with weights that do not sum to 1 need W0")
+    return Replace(held(new), tuple(at))

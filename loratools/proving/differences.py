@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, TypeVar
 
 import torch
@@ -69,7 +69,7 @@ class Difference:
         self.elements += count
         place = at + int(bad.reshape(-1).to(torch.uint8).argmax())
         self.first = place if self.first is None else min(self.first, place)
-        worst = float(distance[bad].nan_to_num(nan=float("inf")).max())
+        worst = float(distance[bad].nan_to_num(nan=inf, posinf=inf).max())
         self.worst = max(self.worst, worst)
 
     def mismatch(self, what: str, tensor: str, leaf: Leaf, file: str | None) -> Mismatch | None:

@@ -26,9 +26,8 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     for row in rows:
         verdict = {True: "reached", False: "MISSED", None: ""}[row.ok]
-        print(
-            f"| {row.figure} | {row.ours} | {row.against} | {row.ratio} | {row.wanted} | {verdict} |"
-        )
+        cells = (row.figure, row.ours, row.against, row.ratio, row.wanted, verdict)
+        print(f"| {' | '.join(cells)} |")
     print(f"\n{machine()}")
     return 1 if any(row.ok is False for row in rows) else 0
 

@@ -13,7 +13,7 @@ FOLD = (
     "from loratools.commands import merge, folded, numbers\n"
     "if sys.argv[4] == 'cuda':\n    torch.zeros(1, device='cuda')\n"
     "t = time.perf_counter()\n"
-    "loratools.merge([sys.argv[1]], sys.argv[2], out=sys.argv[3], device=sys.argv[4], hash='none')\n"
+    "loratools.merge([sys.argv[1]], sys.argv[2], out=sys.argv[3], device=sys.argv[4])\n"
     "RESULT = {'seconds': time.perf_counter() - t}"
 )
 

@@ -113,6 +113,10 @@ def test_an_error_that_nobody_can_read_keeps_its_status(here):
 def test_a_full_disk_behind_stdout(here):
     with Path("/dev/full").open("w") as full:
         ended = child("explain", "tied", stdout=full)
+        refused = child("inspect", "nowhere", "--json", stdout=full)
+    assert refused.returncode == 10
+    assert refused.stderr.startswith("error[not_found]: ")
+    assert len(refused.stderr.splitlines()) == 2
     assert ended.returncode == 6
     assert ended.stderr.startswith("error[storage]: No space left on device")
     assert len(ended.stderr.splitlines()) == 2

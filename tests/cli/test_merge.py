@@ -91,6 +91,15 @@ def test_weights_reach_the_merge(here, run):
         assert table["weights"] == [-0.7, 0.3]
 
 
+def test_a_receipt_is_a_recipe(here, run):
+    run("merge", "a", "b", "-w", "1,-0.5", "-b", "base", "-o", "first")
+    ended = run("merge", "--recipe", "first/loratools.json", "-o", "second")
+    assert ended.status == 0
+    assert ended.out.splitlines()[-1] == "Next: loratools verify second"
+    both = [(here / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert both[0] == both[1]
+
+
 def test_all_problems_are_listed_and_nothing_is_written(here, run):
     config = json.loads((here / "a" / "adapter_config.json").read_text())
     config.update(r=9, init_lora_weights="olora")

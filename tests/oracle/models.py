@@ -63,6 +63,15 @@ WHISPER = {
     "begin_suppress_tokens": None,
     "init_std": 0.3,
 }
+DISTILBERT = {
+    "vocab_size": VOCABULARY,
+    "dim": 16,
+    "hidden_dim": 24,
+    "n_layers": 2,
+    "n_heads": 4,
+    "max_position_embeddings": 36,
+    "initializer_range": 0.3,
+}
 GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 16,
@@ -123,11 +132,16 @@ MODELS = {
     "llama-tied": Model("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": True}),
     "llama-biases": Model("LlamaForCausalLM", LLAMA | {"attention_bias": True, "mlp_bias": True}),
     "llama-bare": Model("LlamaModel", LLAMA),
+    "llama-classes": Model(
+        "LlamaForCausalLM", LLAMA | {"pad_token_id": 0}, "LlamaForSequenceClassification", 4
+    ),
     "qwen3": Model("Qwen3ForCausalLM", LLAMA | {"head_dim": 8}),
     "gpt2": Model("GPT2LMHeadModel", GPT2),
     "bert": Model("BertModel", TEXT, "BertForSequenceClassification", 3),
     "bert-mlm": Model("BertForMaskedLM", TEXT, "BertForSequenceClassification", 3),
     "bert-tokens": Model("BertModel", TEXT, "BertForTokenClassification", 5),
+    "bert-answers": Model("BertModel", TEXT, "BertForQuestionAnswering", 2),
+    "distilbert": Model("DistilBertModel", DISTILBERT, "DistilBertForSequenceClassification", 3),
     "roberta": Model("RobertaModel", TEXT, "RobertaForSequenceClassification", 3),
     "roberta-mlm": Model("RobertaForMaskedLM", TEXT, "RobertaForSequenceClassification", 3),
     "t5": Model("T5ForConditionalGeneration", T5),
@@ -211,7 +225,7 @@ def outputs(name: str, model: nn.Module) -> Tensor:
         if name == "t5":
             return model(input_ids=tokens, decoder_input_ids=tokens.flip(1)).logits
         found = model(input_ids=tokens)
-        return found.logits if "logits" in found else found.last_hidden_state
+        return found.last_hidden_state if "last_hidden_state" in found else found[0]
 
 
 # ------------------------------------------------------------------------------- adapters

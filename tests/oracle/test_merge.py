@@ -223,3 +223,51 @@ def test_peft_reads_a_merge_of_rank_patterns_into_a_model_that_has_adapters(base
         report = model.load_adapter(folder, name)
         assert report.unexpected_keys == []
         assert [k for k in report.missing_keys if f".{name}." in k] == []
+
+
+EMBEDDINGS = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [0.5, -0.25]])
+def test_the_copies_of_the_base_that_peft_saves_beside_an_embedding_need_no_base(
+    weights, base, adapter, valid
+):
+    """Their sum is 1.5 times the base's embedding, or none: they are no part of the update."""
+    folders = [adapter("llama", seed=s, r=s + 1, **EMBEDDINGS) for s in (1, 2)]
+    expected = summed("llama", base("llama"), folders, weights)
+    for options, size in (({}, 5), ({"rank": 4}, 4)):
+        merged = valid(folders, weights=weights, dtype="fp64", **options).output
+        assert rank_of(merged, "model.embed_tokens.weight") == size
+        found = models.updates("llama", base("llama"), merged)
+        if size == 5:
+            assert models.distance(found, expected) < 1e-13
+    one = adapter("llama", target_modules=["lm_head"])
+    expected = summed("llama", base("llama"), [folders[0], one], weights)
+    merged = valid([folders[0], one], weights=weights, dtype="fp64").output
+    assert models.distance(models.updates("llama", base("llama"), merged), expected) < 1e-13
+
+
+def rank_of(folder, key):
+    return load(folder).deltas[key].then.rank
+
+
+def test_trained_tokens_are_united(base, adapter, valid, tmp_path):
+    """Each row by the adapters that have it: their weights sum to 1 there, or W0 is needed."""
+    tokens = [[3, 9], [5, 9], [2]]
+    options = {"target_modules": ["q_proj"]}
+    folders = [adapter("llama", trainable_token_indices=t, seed=i, **options)
+               for i, t in enumerate(tokens)]  # fmt: skip
+    one, two, three = (models.merged("llama", base("llama"), f, wide=True) for f in folders)
+    result = valid([folders[0], folders[2]], weights=[1, 1])
+    served = models.served("llama", base("llama"), result.output).merge_and_unload()
+    expected = one["model.embed_tokens.weight"].clone()
+    expected[2] = three["model.embed_tokens.weight"][2]
+    torch.testing.assert_close(served.model.embed_tokens.weight.double(), expected)
+    with pytest.raises(LoratoolsError, match="tokens replaced with weights") as refused:
+        merge(folders[:2], weights=[0.5, 0.5], out=tmp_path / "out")
+    assert refused.value.code == "needs_base"
+    start = models.load("llama", base("llama")).double().state_dict()["model.embed_tokens.weight"]
+    folded = valid(folders[:2], base("llama"), weights=[0.5, 0.5])
+    expected = start + sum(0.5 * (t["model.embed_tokens.weight"] - start) for t in (one, two))
+    found = models.load_folded("llama", folded.output).model.embed_tokens.weight
+    torch.testing.assert_close(found.double(), expected)

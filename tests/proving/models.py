@@ -56,12 +56,18 @@ def save_base(
     return folder
 
 
-def load(name: str, folder: Path, dtype: torch.dtype | None = None) -> transformers.PreTrainedModel:
+def load(
+    name: str, folder: Path, dtype: torch.dtype | None = None, words: int | None = None
+) -> transformers.PreTrainedModel:
+    """The model that adapters are trained on, with `words` rows of embedding."""
     kind = TRAINED.get(name, BASES[name][0])
     torch.manual_seed(2)
     extra = {"num_labels": 3} if name in TRAINED else {}
     made = getattr(transformers, kind)
-    return made.from_pretrained(folder, dtype=dtype or "auto", **extra).eval()
+    model = made.from_pretrained(folder, dtype=dtype or "auto", **extra).eval()
+    if words is not None:
+        model.resize_token_embeddings(words)
+    return model
 
 
 def train(
@@ -72,10 +78,11 @@ def train(
     seed: int = 3,
     update: float = UPDATE,
     stored: torch.dtype | None = None,
+    words: int | None = None,
     **options: Any,
 ) -> Path:
     """An adapter saved by PEFT, every number of it as far from zero as after a training."""
-    model = load(name, base, torch.float32)
+    model = load(name, base, torch.float32, words)
     torch.manual_seed(seed)
     options.setdefault("r", 8)
     options.setdefault("lora_alpha", 12)
@@ -118,10 +125,11 @@ def fold(
     dtype: torch.dtype | None = None,
     cast: bool = True,
     together: bool = False,
+    words: int | None = None,
     **saving: Any,
 ) -> Path:
     """PEFT's own fold: each adapter into the last one's result, or (`together`) all in one call."""
-    model = load(name, base, dtype)
+    model = load(name, base, dtype, words)
     if together:
         wrapped = peft.PeftModel.from_pretrained(
             model, adapters[0], adapter_name="a0", autocast_adapter_dtype=cast

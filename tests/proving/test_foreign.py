@@ -51,6 +51,18 @@ CASES = {
         {},
         None,
     ),
+    "more-words": (
+        "llama",
+        [{"target_modules": QV, "modules_to_save": ["embed_tokens", "lm_head"], "words": 99}],
+        {"words": 99},
+        ONCE,
+    ),
+    "more-words-and-lora": (
+        "llama",
+        [{"target_modules": ["q_proj", "embed_tokens", "lm_head"], "words": 99}],
+        {"words": 99},
+        ONCE,
+    ),
     "tokens": ("llama", [ALL | {"trainable_token_indices": [3, 40]}], {}, ONCE),
     "rslora": ("llama", [ALL | {"use_rslora": True, "lora_alpha": -3.3}], {}, ONCE),
     "tied": ("tied", [{"target_modules": ["q_proj", "lm_head"]}], {}, ONCE),
