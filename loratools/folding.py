@@ -90,8 +90,13 @@ class Desk:
             self.buffers[key] = host
         there = host[: tensor.numel()].view(tensor.shape)
         there.copy_(tensor, non_blocking=True)
-        torch.cuda.current_stream(self.device).synchronize()
+        self.wait()
         return there
+
+    def wait(self) -> None:
+        """Returns when a GPU has done what it was given so far."""
+        if self.device.type != "cpu":
+            torch.cuda.current_stream(self.device).synchronize()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -183,6 +188,7 @@ def fold_target(
     def first_pass() -> Iterator[tuple[int, Tensor]]:
         for start, stop in tiles(known, width, known, desk.device):
             yield start, wide(start, stop)
+            desk.wait()  # the next read goes into the same pinned memory
 
     terms = _ready(target, first_pass, desk.device, cut, tally)
     grid = tiles(height, width, known, desk.device)

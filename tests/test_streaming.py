@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from loratools.adapter import Dense, Leaf, Renormed, Replace
+from loratools.cli import main
 from loratools.errors import LoratoolsError, StorageError
 from loratools.folding import torch_dtype
 from loratools.streaming import is_whole, stream
@@ -39,6 +40,7 @@ from tests.small_models import (
     tensor,
     tensors_in,
 )
+from tests.tiny import write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
 BF16 = torch.bfloat16
@@ -528,3 +530,59 @@ def test_memory_does_not_grow_with_the_base(tmp_path):
     before, after = (int(kib) / 1024 for kib in ended.stdout.split())
     assert after < 350, f"{after:.0f} MiB, {before:.0f} of them for torch and the plan"
     (tmp_path / "out" / "model.safetensors").unlink()
+
+
+INTERRUPTED = """
+    import os, signal, sys, threading
+    from loratools import streaming
+    from loratools.cli import main
+    advance, sent = streaming._Run.advance, threading.Event()
+    def interrupted(run, nbytes):
+        advance(run, nbytes)
+        if run.done * 2 > run.total and not sent.is_set():
+            sent.set()
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+            run.stopped.wait()
+    streaming._Run.advance = interrupted
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def merge(capsys) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main(["merge", *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_command_goes_on_when_it_is_given_again(tmp_path, merge, name, status):
+    base, adapter = write_base(tmp_path / "base", shards=4), write_adapter(tmp_path / "adapter")
+    given = [adapter, "--base", base, "--threads", 1, "-o"]
+    ended = child(INTERRUPTED, name, "merge", *given, tmp_path / "out")
+    assert ended.returncode == status, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "out").exists()
+    [partial] = tmp_path.glob("out.*partial")
+    finished = {p.name: p.read_bytes() for p in partial.glob("*.safetensors")}
+    assert 0 < len(finished) < 4
+    # Another plan is refused, and changes nothing.
+    refusal, _, said = merge(*given, tmp_path / "out", "--weights", 0.5)
+    assert refusal == 7
+    assert "other_plan" in said
+    assert "--restart" in said
+    assert finished == {p.name: p.read_bytes() for p in partial.glob("*.safetensors")}
+    if name == "SIGINT":
+        done, told, _ = merge(*given, tmp_path / "out", "--json")
+        assert set(json.loads(told)["continued"]) == set(finished)
+    else:
+        given = ["--weights", 0.5, *given]
+        done, told, _ = merge(*given, tmp_path / "out", "--restart", "--json")
+        assert json.loads(told)["continued"] == []
+    assert done == 0
+    assert merge(*given, tmp_path / "whole")[0] == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out", "whole"]

@@ -81,8 +81,10 @@ def _replaced(
         return Merged(Replace(value, None, _rows(rows, value)))
     if len(pairs) < len(upon) + len(additive):
         raise error("needs_base", "what is trained upon a replaced weight has no sum of its own")
-    then = linear(pairs, rank=rank, energy=energy) if pairs else Merged(first)
-    return Merged(Replace(value, None, then.delta if pairs else None), then.residual, then.total)
+    if not pairs:
+        return Merged(Replace(value))
+    then = linear(pairs, rank=rank, energy=energy)
+    return Merged(Replace(value, None, then.delta), then.residual, then.total)
 
 
 def _equal(one: Leaf, other: Leaf) -> bool:

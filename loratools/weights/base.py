@@ -67,12 +67,12 @@ class Base:
 
     @property
     def id(self) -> str | None:
-        """The Hub id, where the path (a cache folder) or the config tells it."""
+        """The Hub id, where the path is a cache folder.
+
+        A config's `_name_or_path` is no help: a published model's often names its parent.
+        """
         found = re.search(r"models--([\w.-]{1,96})--([\w.-]{1,96})(?:/|$)", str(self.bundle.path))
-        if found:
-            return f"{found[1]}/{found[2]}"
-        said = self.config.get("_name_or_path")
-        return said if is_hub_id(said) else None
+        return f"{found[1]}/{found[2]}" if found else None
 
     @property
     def quantised(self) -> str | None:

@@ -209,6 +209,14 @@ def same_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     assert unlike == []
 
 
+def nearest(found: Tensor, exact: Tensor) -> None:
+    """Every number is the one of its dtype that lies nearest to the exact one (float64)."""
+    error = (found.double() - exact).abs()
+    for way in (torch.inf, -torch.inf):
+        other = torch.nextafter(found, torch.full_like(found, way)).double()
+        assert bool((error <= (other - exact).abs()).all())
+
+
 def outputs(name: str, model: nn.Module) -> Tensor:
     """The logits of a fixed batch, in the model's own dtype."""
     draw = torch.Generator().manual_seed(13)

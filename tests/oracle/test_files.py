@@ -136,7 +136,4 @@ def test_half_precision_is_rounded_once(dtype, base, adapter, valid, tmp_path):
     assert found.keys() == exact.keys()
     for name, tensor in found.items():
         assert tensor.dtype == dtype
-        error = (tensor.double() - exact[name]).abs()
-        for way in (torch.inf, -torch.inf):
-            other = torch.nextafter(tensor, torch.full_like(tensor, way))
-            assert bool((error <= (other.double() - exact[name]).abs()).all()), name
+        models.nearest(tensor, exact[name])

@@ -1,4 +1,4 @@
-"""Stored tensors compared bit by bit, whatever their dtype, and the elements that differ counted."""
+"""Stored tensors are compared bit by bit, whatever their dtype, and what differs is counted."""
 
 import struct
 

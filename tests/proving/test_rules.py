@@ -49,10 +49,6 @@ def scaled_first(w0, b, a, s):
     return (w0.float() + (s * b) @ a).to(w0.dtype)
 
 
-def fused(w0, b, a, s):
-    return torch.addmm(w0.float(), b, a, alpha=s).to(w0.dtype)
-
-
 def other_order(w0, b, a, s):
     total = torch.zeros(len(b), a.shape[1])
     for r in reversed(range(len(a))):
@@ -77,7 +73,6 @@ WAYS = [
     (at_once, {}),
     (in_place, {}),
     (scaled_first, {}),
-    (fused, {}),
     (other_order, {}),
     (delta_first, {"delta_first": True}),
     (factors, {"factors": True}),
@@ -110,6 +105,7 @@ def test_what_torch_computes_lies_in_the_span(way, how, dtype, seed, shape, size
 
 @pytest.mark.parametrize(("way", "how"), WAYS)
 def test_a_span_leaves_little_open(way, how):
+    how = dict(how)
     draw = torch.Generator().manual_seed(1)
     b, a = torch.randn(128, 16, generator=draw) * 0.01, torch.randn(16, 128, generator=draw)
     w0 = torch.randn(128, 128, generator=draw).to(BF16)
@@ -118,8 +114,9 @@ def test_a_span_leaves_little_open(way, how):
     assert (span.low == span.high).double().mean() > 0.999
     wide = w0.float()
     span = span_of(Rule(F32, F32), [pair(b, a, 1.5)], wide, wide)
-    unit = 2.0**-23 * torch.maximum(wide.double().abs(), torch.tensor(2.0**-3))
-    assert ((span.high - span.low) <= 2 * unit).double().mean() > 0.999
+    # An alpha that is wrong by a thousandth moves elements fifty times as far.
+    update = (span.exact - wide.double()).square().mean().sqrt()
+    assert ((span.high - span.low) <= 2e-5 * update).double().mean() > 0.999
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
