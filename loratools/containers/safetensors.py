@@ -15,6 +15,7 @@ from typing import Any
 
 from loratools.adapter import DTYPE_BITS, Leaf, Source
 from loratools.containers import strict_json
+from loratools.containers.looks import what_it_is
 from loratools.errors import LoratoolsError, error, shown
 
 HEADER_LIMIT = 50_000_000  # bytes; 138,850 per-expert tensors take 20 MB
@@ -79,7 +80,7 @@ def _header_length(source: Source) -> int:
     rest = source.size - 8
     if head[8:9] == b"{" and 2 <= length <= min(rest, HEADER_LIMIT):
         return length
-    if sort := _other_sort(head):
+    if sort := what_it_is(head):
         raise error("not_weights", f"{what} is no safetensors file but {sort}")
     if rest < 2:
         raise error("truncated", f"{what}: {source.size} bytes are too few for any header")
@@ -98,35 +99,6 @@ def _header_length(source: Source) -> int:
         f"{what}: the header has {length} bytes and {length - rest} of them are missing, and "
         "all data; fetch the file again",
     )
-
-
-def _other_sort(head: bytes) -> str | None:
-    """What a file is that does not begin like safetensors, from its first bytes."""
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer; run `git lfs pull`"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "a web page; download the file itself (on the Hub: /resolve/, not /blob/)"
-    for magic, sort in _MAGIC:
-        if head.startswith(magic):
-            return sort
-    return None
-
-
-_MAGIC = (
-    (b"\x1f\x8b", "gzip; unpack it first"),
-    (b"PK\x03\x04", "a zip archive (a torch .pt or .bin by another name?)"),
-    (b"PK\x05\x06", "an empty zip archive"),
-    (b"GGUF", "GGUF; name it .gguf"),
-    (b"\x28\xb5\x2f\xfd", "zstd; unpack it first"),
-    (b"BZh", "bzip2; unpack it first"),
-    (b"\xfd7zXZ", "xz; unpack it first"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
-    (b"\x80\x02", "a pickle"),
-    (b"\x80\x04", "a pickle"),
-    (b"\x93NUMPY", "a numpy array"),
-    (b"\x89HDF", "HDF5"),
-    (b"{", "JSON text"),
-)
 
 
 # Blanks, and a string as escaped. Nothing here backtracks: hostile text takes no longer than

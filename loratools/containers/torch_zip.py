@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from loratools.adapter import DTYPE_BITS, Leaf, Source
+from loratools.containers.looks import what_it_is
 from loratools.containers.pickle_walk import LIMIT, STEPS, walk
 from loratools.containers.torch_records import (
     NAMES,
@@ -25,7 +26,7 @@ from loratools.errors import LoratoolsError, error, shown
 DEPTH = 64  # levels of dicts and lists
 DIMENSIONS = 64  # as torch
 EXTENT = 1 << 40
-_WRAPPERS = ("model", "state_dict", "module")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
 
 
@@ -39,7 +40,7 @@ class TorchFile:
 
 def state_dict(source: Source) -> TorchFile:
     """The tensors of a file whose object is a dict of them, or holds one as "model",
-    "state_dict" or "module".
+    "state_dict", "model_state_dict" or "module".
 
     Entries that are no tensors are extras; inside a wrapper their keys get its name in front.
     Raises what `read` raises, and not_weights where the object is no such dict.
@@ -101,10 +102,8 @@ def read(source: Source) -> Any:
         )
     if head.startswith(b"\x80"):
         return _read_legacy(source)
-    raise error(
-        "not_weights",
-        f"{shown(source.name)} is no file of torch.save, it begins with {head[:40]!r}",
-    )
+    sort = what_it_is(head) or f"something that begins with {head[:40]!r}"
+    raise error("not_weights", f"{shown(source.name)} is no file of torch.save but {sort}")
 
 
 def _read_zip(source: Source) -> Any:

@@ -15,6 +15,11 @@ _QKV = (
     ("attention.o_proj", "attention.output.dense"),
 )
 _VISION = (*_QKV, ("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"))
+_STAGE = (
+    ("patch_embeddings", "patch_embeddings"),
+    ("blocks", "block"),
+    ("layer_norm", "layer_norm"),
+)
 _LANGUAGE = (
     ("^.model.language_model", "^.language_model.model"),
     ("^.lm_head", "^.language_model.lm_head"),
@@ -27,15 +32,37 @@ _LANGUAGE = (
 )
 FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
     "vit": (("layers", "encoder.layer"), *_VISION),
-    "beit": _VISION,
     "dinov2": _QKV,
     "swin": (
         ("attention.q_proj", "attention.self.query"),
         ("attention.k_proj", "attention.self.key"),
         ("attention.v_proj", "attention.self.value"),
+        (
+            "attention.relative_position_bias.relative_position_bias_table",
+            "attention.self.relative_position_bias_table",
+        ),
         *_VISION[3:],
     ),
-    "detr": (("o_proj", "out_proj"), ("mlp.fc1", "fc1"), ("mlp.fc2", "fc2")),
+    "segformer": (
+        *((f"stages.{i}.{new}", f"encoder.{old}.{i}") for i in range(4) for new, old in _STAGE),
+        ("attention.q_proj", "attention.self.query"),
+        ("attention.k_proj", "attention.self.key"),
+        ("attention.v_proj", "attention.self.value"),
+        ("attention.sequence_reduction.sequence_reduction", "attention.self.sr"),
+        ("attention.sequence_reduction.layer_norm", "attention.self.layer_norm"),
+        ("attention.o_proj", "attention.output.dense"),
+        ("mlp.fc1", "mlp.dense1"),
+        ("mlp.fc2", "mlp.dense2"),
+        ("layernorm_before", "layer_norm_1"),
+        ("layernorm_after", "layer_norm_2"),
+        ("decode_head.linear_projections", "decode_head.linear_c"),
+    ),
+    "detr": (
+        ("^.model.backbone", "^.model.backbone.conv_encoder"),
+        ("o_proj", "out_proj"),
+        ("mlp.fc1", "fc1"),
+        ("mlp.fc2", "fc2"),
+    ),
     "gpt_neox": (("^.lm_head", "^.embed_out"),),
     "llava": _LANGUAGE,
     "qwen2_vl": (("^.model.language_model", "^.model"), ("^.model.visual", "^.visual")),

@@ -91,9 +91,17 @@ class Base:
         said = text_config(self.config).get("tie_word_embeddings")
         if said is None:
             said = self.config.get("tie_word_embeddings", not stored)
-        if not said:
+        if not said or (not stored and not self._has_vocabulary_head()):
             return None
         return (stored[0] if stored else self._head_name()), embedding
+
+    def _has_vocabulary_head(self) -> bool:
+        """Whether the class in config.json has one; a classifier has no tensor to tie."""
+        named = self.config.get("architectures")
+        name = str(named[0]) if isinstance(named, list) and named else ""
+        if name.endswith("Model"):
+            return re.search(r"LMHead|DoubleHeads|MTModel|EncoderDecoder|Chat", name) is not None
+        return not name.endswith(("Classification", "QuestionAnswering", "MultipleChoice"))
 
     def _head_name(self) -> str:
         kind = str(self.config.get("model_type", ""))

@@ -373,8 +373,9 @@ def test_a_hostile_old_file_is_refused(name):
     [
         (b"", "begins with b''"),
         (b"version https://git-lfs.github.com/spec/v1", "git-lfs"),
-        (b"<!DOCTYPE html>", "<!DOCTYPE html>"),
-        (b"\x1f\x8b\x08", "begins with"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"\x00\x01\x02", "begins with"),
         (b"storages".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
     ],
 )

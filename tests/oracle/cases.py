@@ -118,6 +118,10 @@ CASES = {
         "bert-tokens",
         {"target_modules": ["query", "value"], "task_type": "TOKEN_CLS"},
     ),
+    "bert-embeddings": (
+        "bert",
+        {"target_modules": ["query", "word_embeddings"], "task_type": "SEQ_CLS"},
+    ),
     "bert-answers": ("bert-answers", {"target_modules": ["key"], "task_type": "QUESTION_ANS"}),
     "distilbert": ("distilbert", {"target_modules": ["q_lin", "lin1"], "task_type": "SEQ_CLS"}),
     "llama-classes": ("llama-classes", {"target_modules": QV, "task_type": "SEQ_CLS"}),
