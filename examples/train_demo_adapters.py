@@ -131,7 +131,7 @@ def train(model: torch.nn.Module, pairs: list[Pair], steps: int, rate: float) ->
     optimizer = torch.optim.AdamW(weights, lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     pairs = random.Random(SEED).sample(pairs, steps * BATCH)
-    own = torch.arange(BATCH)
+    own = torch.arange(BATCH)  # the right text of row i is column i
     model.train()
     for step in range(steps):
         batch = pairs[step * BATCH : (step + 1) * BATCH]
@@ -159,8 +159,8 @@ def make(name: str, finds: str, pairs: Iterator[Pair], steps: int, rate: float, 
     config.base_model_name_or_path = BASE  # PEFT put the folder of this machine there
     config.target_modules = lora["target_modules"]  # PEFT made it a set, which has no fixed order
     model.save_pretrained(str(OUT / name), save_embedding_layers=False)
-    read_back = PeftModel.from_pretrained(AutoModel.from_pretrained(MODEL), OUT / name)
-    after = accuracy(read_back, held_out)
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(MODEL), OUT / name)
+    after = accuracy(model, held_out)
     if after <= before:
         raise SystemExit(f"{name}: no better with the adapter: {before:.1%}, then {after:.1%}")
     readme = f"""\
@@ -183,8 +183,7 @@ Trained on {steps * BATCH} of the other {len(training)} pairs, seed {SEED}, by
 torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}.
 """
     (OUT / name / "README.md").write_text(readme, encoding="utf-8")
-    seconds = time.monotonic() - started
-    print(f"{name}: held-out accuracy {before:.1%} -> {after:.1%}, {seconds:.0f} s", flush=True)
+    print(f"{name}: {before:.1%} -> {after:.1%} held out, {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

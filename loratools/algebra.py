@@ -156,22 +156,25 @@ def apply(delta: Kind, w0: Tensor, start: int = 0, out: Tensor | None = None) ->
             assert_never(delta)
 
 
-def _plus(delta: Additive, w0: Tensor, start: int, out: Tensor | None = None) -> Tensor:
-    """W0 + ΔW for rows of W0; rows that lie beyond the delta's own stay as they are."""
+def update(delta: Additive, start: int, height: int, out: Tensor | None = None) -> Tensor:
+    """ΔW's rows start:start+height as a matrix (fewer where the delta has no more)."""
     match delta:
         case LowRank():
             b, a = factors(delta)
-            b = b[start : start + len(w0)]
-            if len(b) == len(w0):
-                return torch.addmm(w0, b, a, out=out)
-            return torch.cat([torch.addmm(w0[: len(b)], b, a), w0[len(b) :]])
+            b = b[start : start + height]
+            return torch.mm(b, a, out=None if out is None else out[: len(b)])
         case Dense(diff=diff, scaling=scaling):
-            tile = matrix(widen(diff))[start : start + len(w0)]
-            if len(tile) == len(w0):
-                return torch.add(w0, tile, alpha=scaling, out=out)
-            return torch.cat([w0[: len(tile)] + tile * scaling, w0[len(tile) :]])
+            return matrix(widen(diff))[start : start + height] * scaling
         case _:
             assert_never(delta)
+
+
+def _plus(delta: Additive, w0: Tensor, start: int, out: Tensor | None = None) -> Tensor:
+    """W0 + ΔW for rows of W0; rows that lie beyond the delta's own stay as they are."""
+    tile = update(delta, start, len(w0))
+    if len(tile) == len(w0):
+        return torch.add(w0, tile, out=out)
+    return torch.cat([w0[: len(tile)] + tile, w0[len(tile) :]])
 
 
 def combine(

@@ -196,6 +196,12 @@ CODES: dict[str, Code] = {
         "the update's norm is larger than the base weight's on 60 of 64 targets",
         "check the scaling (`loratools inspect`); --allow large_update goes on",
     ),
+    "zero_base": Code(
+        5,
+        "Weights of the base that the adapter changes hold only zeros.",
+        "all rows looked at of 2 of 64 base weights hold only zeros",
+        "compare the base's files with where they were published; --allow zero_base goes on",
+    ),
     "tied": Code(
         5,
         "The base stores embedding and head as one tensor and the adapter changes one of them.",

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from loratools.adapter import TORCH_NAMES, Kind, Leaf, LowRank
-from loratools.algebra import combine, condense, grown, held, map_leaves, matrix, prepare
+from loratools.algebra import (
+    Additive,
+    combine,
+    condense,
+    grown,
+    held,
+    map_leaves,
+    matrix,
+    prepare,
+    update,
+)
 from loratools.errors import error, shown
 from loratools.narrowing import narrow, not_finite
 from loratools.plan import Plan, Target
@@ -202,11 +212,11 @@ def fold_target(
             tally.elements += w.numel()
             continue
         w0 = wide(start, stop)
-        w = combine(terms, w0, start, desk.room("w", w0, torch.float64))
-        out = narrow(w, dtype, desk.room("single", w, torch.float32))
-        _count(tally, w0, w, out, desk, sample=only_rows is not None)
+        w, d = _both(terms, w0, start, desk)
+        out = narrow(w, dtype, desk.room)
+        _count(tally, w0, w, d, out, sample=only_rows is not None)
         if not _finite(tally):
-            _explain(target, {"base": w0, "update": desk.room("d", w, torch.float64)}, out)
+            _explain(target, {"base": w0, "update": d}, out)
         emit(start, desk.home(out))
     return tally
 
@@ -242,8 +252,22 @@ def _cut(delta: Kind, cut: Cut, tally: Tally) -> Kind:
     return short.delta
 
 
-def _count(tally: Tally, w0: Tensor, w: Tensor, out: Tensor, desk: Desk, *, sample: bool) -> None:
-    d = torch.sub(w, w0, out=desk.room("d", w, torch.float64)).view(-1)
+def _both(
+    terms: Sequence[tuple[float, Kind]], w0: Tensor, start: int, desk: Desk
+) -> tuple[Tensor, Tensor]:
+    """W and W − W0 of a tile; where the update is a plain sum, it is not taken apart again."""
+    w, d = desk.room("w", w0, torch.float64), desk.room("d", w0, torch.float64)
+    (weight, delta), *more = terms
+    if not more and weight == 1 and isinstance(delta, Additive):
+        d = update(delta, start, len(w0), d)
+        if len(d) == len(w0):
+            return torch.add(w0, d, out=w), d
+    w = combine(terms, w0, start, w)
+    return w, torch.sub(w, w0, out=desk.room("d", w0, torch.float64))
+
+
+def _count(tally: Tally, w0: Tensor, w: Tensor, d: Tensor, out: Tensor, *, sample: bool) -> None:
+    d = d.view(-1)
     changed = w.copy_(out).sub_(w0).view(-1)  # w itself is no longer needed
     tally.kept += float(torch.dot(changed, d))
     tally.update += float(torch.dot(d, d))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,22 +12,29 @@ _HALFWAY = torch.iinfo(torch.int32).min  # the pattern 0x8000 in the low half, s
 _E4M3_END = 464  # halfway between its largest number, 448, and the next that it would have
 
 
-def narrow(values: Tensor, dtype: torch.dtype, single: Tensor | None = None) -> Tensor:
+Room = Callable[[str, Tensor, torch.dtype], Tensor]  # (use, like, dtype): memory to work in
+
+
+def fresh(_use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """New memory of the shape of `like`; callers that round many tiles give the same again."""
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
+def narrow(values: Tensor, dtype: torch.dtype, room: Room = fresh) -> Tensor:
     """`values` (float64) in `dtype`, each the correctly rounded one (IEEE 754 nearest even).
 
     torch casts float64 to 16 bits by way of float32, so that 1 + 2^-8 + 2^-40 becomes 1.0 in
     bfloat16 instead of 1.0078125. Only values that float32 puts exactly halfway can go wrong.
     What is too large becomes infinite, in E4M3 NaN.
-    `single` is float32 scratch of the same shape, for callers that round many tiles.
     """
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype, copy=True)  # the caller may go on computing in `values`
     values = values.contiguous()
-    single = values.to(torch.float32) if single is None else single.copy_(values)
+    single = room("single", values, torch.float32).copy_(values)
     if dtype == torch.float8_e4m3fn:  # without infinity; torch would make its largest number of it
         single.masked_fill_(values.abs() > _E4M3_END, torch.nan)
-    out = single.to(dtype)
-    at = _doubtful(single.reshape(-1), dtype)
+    out = room("out", values, dtype).copy_(single)
+    at = _doubtful(single.view(-1), dtype, room)
     if at.numel():
         out.view(-1)[at] = _to_odd(values.reshape(-1)[at]).to(dtype)
     return out
@@ -38,23 +47,23 @@ def not_finite(values: Tensor) -> int:
     return int((~values.isfinite()).sum())
 
 
-def _doubtful(single: Tensor, dtype: torch.dtype) -> Tensor:
+def _doubtful(single: Tensor, dtype: torch.dtype, room: Room) -> Tensor:
     """Indices of the values that lie halfway between two of `dtype`, as far as float32 can tell."""
     if dtype == torch.bfloat16:  # its bits are the upper half of float32's
-        low = single.view(torch.int32) << 16
-        return _indices(low, _HALFWAY)
+        low = room("low", single, torch.int32)
+        torch.bitwise_left_shift(single.view(torch.int32), 16, out=low)
+        if low.device.type != "cpu":
+            return (low == _HALFWAY).nonzero().view(-1)
+        # numpy finds a few among many several times faster than torch's nonzero.
+        found = room("half", single, torch.bool).numpy()
+        np.equal(low.numpy(), _HALFWAY, out=found)
+        return torch.from_numpy(np.flatnonzero(found))
     # Below the normal range the spacing is fixed, so a shift of bits does not find the middle:
     # twice the distance to the rounded value is a whole step exactly in the middle.
     near = single.to(dtype).to(torch.float32)
     other = single + (single - near)
-    return _indices(((other.to(dtype).to(torch.float32) == other) & (other != near)), True)
-
-
-def _indices(values: Tensor, sought: int | bool) -> Tensor:
-    # numpy finds a few among many several times faster than torch's nonzero.
-    if values.device.type != "cpu":
-        return (values == sought).nonzero().view(-1)
-    return torch.from_numpy(np.flatnonzero(values.numpy() == sought))
+    middle = (other.to(dtype).to(torch.float32) == other) & (other != near)
+    return middle.nonzero().view(-1)
 
 
 def _to_odd(values: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ def stored(path: Path) -> Tensors:
     return {
         n: (e["shape"], raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]])
         for n, e in found.items()
+        if n != "__metadata__"
     }
 
 
@@ -91,8 +92,7 @@ def factors(value: float, end: str = "lora_B.weight", count: int = 1) -> Make:
     def change(t: Tensors) -> Tensors:
         head = struct.pack(f"<{count}f", *[value] * count)
         return {
-            n: (s, head + raw[len(head) :] if n.endswith(end) else raw)
-            for n, (s, raw) in t.items()
+            n: (s, head + raw[len(head) :] if n.endswith(end) else raw) for n, (s, raw) in t.items()
         }
 
     return tensors(change)
@@ -233,6 +233,19 @@ def merged_before(here: Path) -> None:
     merge([here / "a"], here / "base", out=here / "once")
     shutil.rmtree(here / "base")
     (here / "once").rename(here / "base")
+
+
+def as_bf16(path: str) -> Make:
+    """All tensors of a file, cut to BF16."""
+
+    def change(raw: bytes) -> bytes:
+        start = 8 + int.from_bytes(raw[:8], "little")
+        table = json.loads(raw[8:start])
+        for old in table.values():
+            old["dtype"], old["data_offsets"] = "BF16", [n // 2 for n in old["data_offsets"]]
+        return header(table, b"".join(raw[i + 2 : i + 4] for i in range(start, len(raw), 4)))
+
+    return damaged(change, path)
 
 
 def as_half(name: str, value: float) -> Make:

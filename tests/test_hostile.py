@@ -61,8 +61,8 @@ def test_it_is_stopped_and_said(row: Row, here, capsys):
     before = snapshot(here)
     calls = [
         (("inspect", "a"), row.inspect),
-        (("check", "a", "-b", "base", "--data"), row.status if row.check is None else row.check),
-        (("merge", "a", "-b", "base", "-o", "out", *row.more), row.status),
+        (("check", "a", "-b", row.base, "--data"), row.status if row.check is None else row.check),
+        (("merge", "a", "-b", row.base, "-o", "out", *row.more), row.status),
     ]
     for arguments, status in calls:
         capsys.readouterr()

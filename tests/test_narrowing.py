@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loratools.folding import Desk
 from loratools.narrowing import narrow
 from tests.floats import FORMATS, Format, exact, patterns
 
@@ -198,10 +199,11 @@ def test_any_shape_and_stride(form, view):
 
 @each_small
 def test_scratch_may_be_lent_and_used_again(form):
-    scratch = torch.empty(8, 10)
-    for values in (doubtful(8, 10), -doubtful(8, 10)):
-        lent = narrow(values, form.dtype, scratch)
+    room = Desk(torch.device("cpu")).room
+    for values in (doubtful(8, 10), -doubtful(8, 10), doubtful(3, 2)):
+        lent = narrow(values, form.dtype, room)
         assert np.array_equal(patterns(lent), patterns(narrow(values, form.dtype)))
+    assert rooms
 
 
 # ------------------------------------------------------------------------------- the reference

@@ -122,6 +122,8 @@ def _base(found: Inspection) -> str:
 
 def _counted(counts: dict[Any, int]) -> str:
     """The values, the most frequent first, with how often where there are several."""
+    if not counts:
+        return "none"
     if len(counts) == 1:
         return shown(next(iter(counts)))
     return ", ".join(f"{shown(value)} ({n})" for value, n in counts.items())

@@ -165,7 +165,8 @@ def changed_config(plan: Plan, dtype: str | None) -> dict[str, Any]:
                 config[key] = TORCH_NAMES[dtype]
     rows = set(plan.resized.values())
     if len(rows) == 1:
-        holder = config if "vocab_size" in config else config.get("text_config", config)
+        language = config.get("text_config")
+        holder = config if "vocab_size" in config or language is None else language
         holder["vocab_size"] = rows.pop()
     heads = [n for n in plan.new if n.rpartition(".")[0] not in HEADS]
     if heads:

@@ -85,7 +85,8 @@ def fold(
     if dry_run or out is None:
         return result
     recipe = {"base": receipt.base_entry(plan.base), **recipe}
-    inputs = [p for p in (plan.base.bundle.path, *(a.folder for a in plan.adapters)) if p]
+    named = [(plan.base.name, plan.base.bundle.path), *((a.name, a.folder) for a in plan.adapters)]
+    inputs = [_input(name, folder) for name, folder in named if folder]
     with publish(
         out,
         as_file=as_file,
@@ -133,6 +134,12 @@ def fold(
         if not said:
             result.problems += (Problem("loss", kept, "warning"),)
     return result
+
+
+def _input(name: str, folder: Path) -> Path:
+    """What was named: one file, beside which an output may stand, or its folder."""
+    alone = not name.endswith(".index.json") and Path(name).is_file()
+    return Path(name) if alone else folder
 
 
 def _known(allow: Sequence[str], problems: Sequence[Problem]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from loratools.adapter import Adapter, LowRank, leaves
-from loratools.errors import Problem, shown
+from loratools.errors import Problem, Severity, shown
 from loratools.folding import Cut, Tally, fold_sample, torch_dtype
 from loratools.plan import Plan
 
@@ -77,7 +77,7 @@ def sampled(
             continue
         out = torch_dtype(dtype or target.base.dtype)
         tallies[name] = fold_sample(target, dtype=out, cut=cut)
-    problems = [*_too_large(plan, tallies), *_there_already(tallies)]
+    problems = [*_zeros(plan, tallies), *_too_large(plan, tallies), *_there_already(tallies)]
     kept = pooled(tallies.values())
     if kept is not None and kept < (KEPT if min_kept is None else min_kept):
         severity = "warning" if min_kept is None else "error"
@@ -90,6 +90,17 @@ def sampled(
             )
         )
     return Sampled(tallies, problems)
+
+
+def _zeros(plan: Plan, tallies: dict[str, Tally]) -> list[Problem]:
+    """A disk that lost its power may leave zeros where a file was to be: no shape shows it."""
+    matrices = [n for n in tallies if len(plan.targets[n].shape) > 1]
+    zero = [n for n in matrices if not tallies[n].base]
+    if not zero:
+        return []
+    message = f"all rows looked at of {len(zero)} of {len(matrices)} base weights hold only zeros"
+    severity: Severity = "error" if len(zero) == len(matrices) else "warning"
+    return [Problem("zero_base", f"{message}, {shown(zero[0])} first", severity)]
 
 
 def _too_large(plan: Plan, tallies: dict[str, Tally]) -> list[Problem]:

@@ -67,10 +67,11 @@ def by_receipt(
     try:
         checked = _digests(proof) if is_fold else len(formats.read(model).deltas)
         replayed = (_fold if is_fold else _merge)(proof, sources, progress)
-    except LoratoolsError:
+    except LoratoolsError as cause:
         if not proof.mismatches:
             raise
         checked, replayed = 0, None  # the files are known to be wrong, and cannot even be read
+        proof.notes.append(cause.message)
     if replayed is not None:
         proof.mismatches += replayed.mismatches
         checked = replayed.checked
@@ -273,10 +274,13 @@ def _fold(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed
 
 
 def _merge(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed | None:
-    adapters = sources.adapters()
+    adapters, recipe = sources.adapters(), proof.part("recipe")
     if adapters is None:
         return None
-    recipe, (_, same) = proof.part("recipe"), _arithmetic(proof)
+    if recipe.get("to", "peft") != "peft":
+        proof.notes.append(f"what was converted to {shown(recipe['to'])} is not replayed")
+        return None
+    _, same = _arithmetic(proof)
     merged = merge_adapters(
         adapters,
         _weights(proof),

@@ -98,7 +98,7 @@ def verify(
     from loratools.commands.replayed import by_receipt
 
     result = by_receipt(found, Path(model), base, adapters, inputs, progress=progress)
-    if require == "replay" and result.proved != "replay":
+    if require == "replay" and result.ok and result.proved != "replay":
         missing = next(iter(result.notes), "inputs are missing")
         raise error("proof_failed", f"{shown(model)}: no replay was possible; {missing}")
     return result
@@ -119,6 +119,7 @@ def _foreign(
     allow: Sequence[str],
     progress: Progress | None,
 ) -> VerifyResult:
+    from loratools.proving.differences import Mismatch
     from loratools.proving.inventory import compare_all, said, take_inventory, wrong_size
 
     written, over = headers(model), headers(base)
@@ -129,13 +130,11 @@ def _foreign(
     )
     assert plan is not None
     inventory = take_inventory(plan, written)
-    notes = _judged(inventory, [*problems, *written.problems, *_nonfinite(loaded)], allow)
+    notes = _judged(inventory, [*problems, *_nonfinite(loaded)], allow)
     compared = compare_all(inventory, written, progress=progress)
-    mismatches = list(compared.mismatches)
+    mismatches = [Mismatch(p.message) for p in written.problems] + compared.mismatches
     off = wrong_size(compared.signal)
-    if off is not None:
-        mismatches.append(off)
-    mismatches += vocabulary(plan, written.config)
+    mismatches += ([] if off is None else [off]) + vocabulary(plan, written.config)
     if inventory.prefix.added or inventory.prefix.removed:
         notes.append(f"names: {inventory.prefix}")
     if compared.converted:

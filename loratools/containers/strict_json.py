@@ -6,6 +6,7 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from loratools.errors import error, shown
@@ -29,6 +30,36 @@ def loads(raw: bytes, what: str, *, limit: int = 1_000_000, depth: int = 32) -> 
         # Not cut short where it is safe: callers compose it of a path and a place in the file.
         where = what if what.isprintable() else shown(what)
         raise error(cause.code, f"{where}: {cause.message}") from None
+
+
+def require(found: Any, fields: Mapping[str, str], what: str) -> dict[str, Any]:
+    """An object in which every one of `fields` holds what it must, or null; others hold anything.
+
+    `fields` gives each its sort, a key of `SORTS`. Raises malformed.
+    """
+    where = what if what.isprintable() else shown(what)
+    if not isinstance(found, dict):
+        raise error("malformed", f"{where} holds a {type(found).__name__}, expected an object")
+    for name, sort in fields.items():
+        value = found.get(name)
+        if value is not None and not SORTS[sort](value):
+            raise error(
+                "malformed", f"{where}: {name} is {shown(reprlib.repr(value))}, expected {sort}"
+            )
+    return found
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and {str}.issuperset(map(type, value))
+
+
+SORTS: dict[str, Callable[[Any], bool]] = {
+    "true or false": lambda value: isinstance(value, bool),
+    "text": lambda value: isinstance(value, str),
+    "an object": lambda value: isinstance(value, dict),
+    "a list of texts": _are_texts,
+    "text or a list of texts": lambda value: isinstance(value, str) or _are_texts(value),
+}
 
 
 class _Refused(Exception):

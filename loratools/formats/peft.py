@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from loratools.formats.peft_config import (
     scaling_of,
     token_rows,
     twice,
+    understood,
+    unknown_fields,
     unusual,
 )
 from loratools.formats.peft_keys import PARTS, TOKENS, Module, group, is_lora
@@ -98,7 +101,9 @@ def assemble(
         problem("unknown_type", f"peft_type {shown(kind)}: its tensors are not read as deltas")
     if kind not in READ_TYPES or config.get("target_parameters"):
         tensors = {}
-    settled = _settle_alpha(config, assume or {}, has_config, problem)
+    readable, beyond = understood(config, name)
+    problems += beyond
+    settled = _settle_alpha(readable, assume or {}, has_config, problem)
     found = group(tensors)
     modules, plain = found.modules, found.plain
     if len(found.adapters) > 1:
@@ -121,8 +126,16 @@ def assemble(
         deltas[key] = Replace(leaf, None, deltas.get(key))
     if kind in READ_TYPES:
         lora = [m for m, parts in modules.items() if any(p in parts.leaves for p in PARTS)]
-        problems.extend(config_problems(config, lora, name))
+        problems.extend(config_problems(readable, lora, name))
         _saved(config, plain, deltas, problem)
+        odd = ("unexplained", "config_conflict")
+        unexplained = any(p.code in odd and p.severity == "error" for p in problems)
+        problems += unknown_fields(config, name, unexplained=unexplained)
+    for key in deltas:
+        if not key.isprintable() or key.startswith("."):
+            problem("malformed", f'"{shown(key)}" is no name of a module\'s parameter', key)
+    if deltas and all(isinstance(d, LowRank) and d.scaling == 0 for d in deltas.values()):
+        problem("no_effect", f"every alpha of {shown(name)} is 0")
     if not deltas and not any(p.severity == "error" for p in problems):
         problem("no_effect", f"{shown(name)} holds no adapter tensors")
     return Adapter(
@@ -156,8 +169,10 @@ def _settle_alpha(
             alpha = float(assume["alpha"])
         except ValueError:
             raise error("usage", f"--assume alpha={shown(assume['alpha'])}: not a number") from None
+        if not math.isfinite(alpha):
+            raise error("usage", f"--assume alpha={alpha:g}: expected a finite number")
         if said is not None and said != alpha:
-            raise error("usage", f"--assume alpha={alpha:g}, but {CONFIG} says {said!r}")
+            raise error("usage", f"--assume alpha={alpha:g}, but {CONFIG} says {shown(said)}")
         return {**config, "lora_alpha": alpha}
     if said is None and config.get("peft_type", "LORA") == "LORA":
         where = f"{CONFIG} has no lora_alpha" if has_config else f"there is no {CONFIG}"
@@ -206,7 +221,7 @@ def _pair(
     if said.rank is not None and said.rank != rank:
         message = f"{shown(module)}: config says r={said.rank}, A has {rank} rows"
         problem("config_conflict", message, module)
-    elif said.rank is None and "r" in config:
+    elif said.rank is None and config.get("r") is not None:
         message = f"{shown(module)}: config's r is no whole number, A has {rank}"
         problem("config_conflict", message, module)
     scaling = said.of(rank)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter import LowRank
-from loratools.containers.strict_json import loads
-from loratools.errors import Problem, error, shown
+from loratools.containers.strict_json import loads, require
+from loratools.errors import Problem, RefusedError, Severity, error, shown
 from loratools.names.patterns import peft_targets, peft_value
 
 # Initialisations that replace the base by a residual before training (peft:tuners/lora/layer.py).
@@ -31,13 +31,33 @@ RUNTIME = {
 # Fields whose variants store the same leaves with another meaning.
 VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "target_parameters")
 
+# Fields that decide something, and what they must hold.
+SORTED = {
+    "rank_pattern": "an object",
+    "alpha_pattern": "an object",
+    "target_modules": "text or a list of texts",
+    "modules_to_save": "text or a list of texts",
+    "task_type": "text",
+    "use_rslora": "true or false",
+    "use_dora": "true or false",
+    "fan_in_fan_out": "true or false",
+}
+# All fields that PEFT 0.21 knows for LoRA and trainable tokens.
+KNOWN = frozenset(
+    """alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias
+    corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
+    init_lora_weights init_weights kasa_config layer_replication layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_bias lora_dropout lora_ga_config
+    megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version
+    qalora_group_size r rank_pattern revision runtime_config target_modules target_parameters
+    task_type token_indices trainable_token_indices use_bdlora use_dora use_qalora use_rslora
+    velora_config""".split()
+)
+
 
 def read_config(raw: bytes, what: str) -> dict[str, Any]:
     """The fields of an adapter_config.json, unknown ones included."""
-    config = loads(raw, what)
-    if not isinstance(config, dict):
-        raise error("malformed", f"{what} holds a {type(config).__name__}, expected an object")
-    return config
+    return require(loads(raw, what), SORTED, what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +80,49 @@ def scaling_of(config: Mapping[str, Any], module: str) -> Scaling:
     rank, _ = peft_value(_mapping(config, "rank_pattern"), module, config.get("r"))
     alpha, _ = peft_value(_mapping(config, "alpha_pattern"), module, config.get("lora_alpha"))
     if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
-        raise error("malformed", f"the alpha of {shown(module)} is {alpha!r}, expected a number")
+        said = shown(repr(alpha))
+        raise error("malformed", f"the alpha of {shown(module)} is {said}, expected a number")
     is_rank = isinstance(rank, int) and not isinstance(rank, bool)
     return Scaling(rank if is_rank else None, alpha, config.get("use_rslora") is True)
+
+
+def understood(config: dict[str, Any], name: str) -> tuple[dict[str, Any], list[Problem]]:
+    """The config without patterns that are beyond us (lookaheads, say), which are problems.
+
+    A rank can be seen in the tensors, so that only an alpha is refused.
+    """
+    problems: list[Problem] = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in _mapping(config, field):
+            try:
+                peft_value({key: 1}, "", 0)
+            except RefusedError as cause:
+                is_rank = field == "rank_pattern"
+                step = "; ranks are taken from the tensors" if is_rank else ""
+                severity: Severity = "warning" if is_rank else "error"
+                message = f"{field}: {cause.message}{step}"
+                problems.append(Problem(cause.code, message, severity, name))
+                kept = {k: v for k, v in config[field].items() if k != key}
+                config = {**config, "rank_pattern": {}, "r": None} if is_rank else {
+                    **config, field: kept}  # fmt: skip
+    return config, problems
+
+
+def unknown_fields(config: Mapping[str, Any], name: str, *, unexplained: bool) -> Iterator[Problem]:
+    """Fields that PEFT 0.21 does not know; an error where one is set and tensors are unexplained.
+
+    They are kept, and written again.
+    """
+    unknown = [k for k in config if k not in KNOWN]
+    if unknown:
+        listed = shown(", ".join(unknown))
+        is_set = any(config[k] for k in unknown)
+        yield Problem(
+            "unknown_config",
+            f"the config has fields that loratools does not know: {listed}",
+            "error" if is_set and unexplained else "note",
+            name,
+        )
 
 
 def _mapping(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
@@ -163,8 +223,7 @@ def config_for(
     if not _says(config, pairs):
         config.update(_plain(pairs))
     targets = config.get("target_modules")
-    usable = isinstance(targets, str | list) and targets != "all-linear"
-    if pairs and not (usable and all(peft_targets(targets or [], module) for module in pairs)):
+    if pairs and not _names_all(targets, pairs):
         config["target_modules"] = sorted(pairs)
         for field in ("layers_to_transform", "layers_pattern", "exclude_modules"):
             if config.get(field) is not None:
@@ -202,7 +261,18 @@ def _name_rows(config: dict[str, Any], rows: Mapping[str, list[int]]) -> None:
         config["trainable_token_indices"] = dict(rows)
 
 
-def _says(config: Mapping[str, Any], pairs: Mapping[str, LowRank]) -> bool:
+def _names_all(targets: Any, pairs: Mapping[str, LowRank]) -> bool:
+    if not isinstance(targets, str | list) or targets == "all-linear":
+        return False
+    try:
+        return all(peft_targets(targets, module) for module in pairs)
+    except RefusedError:  # a pattern beyond us: the names themselves say it as well
+        return False
+
+
+def _says(config: dict[str, Any], pairs: Mapping[str, LowRank]) -> bool:
+    if understood(config, "")[1]:
+        return False
     for module, pair in pairs.items():
         said = scaling_of(config, module)
         if said.rank != pair.rank or said.of(pair.rank) != pair.scaling:

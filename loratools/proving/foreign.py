@@ -196,7 +196,10 @@ def _views_and_rules(
 ) -> tuple[tuple[_View, _View | None], list[Rule]]:
     views, dtype = _views(target, written), torch_dtype(written.dtype)
     base = dtype if target.base is None else torch_dtype(target.base.dtype)
-    return views, [EXACT] if views[1] is None else rules_for(dtype, base, views[1].terms)
+    if views[1] is None:
+        return views, [EXACT]
+    halved = target.name.endswith("out_proj.weight")
+    return views, rules_for(dtype, base, views[1].terms, halved=halved)
 
 
 def _walk(

@@ -19,7 +19,7 @@ from loratools.proving.differences import (
 )
 from loratools.proving.foreign import Signal, explain, is_explained, judge_target
 from loratools.proving.rules import Rule
-from loratools.weights.base import Base
+from loratools.weights.base import EMBEDDINGS, Base, embedding_name
 
 # What a tool may write or leave out, because its library computes it and never trains it.
 BUFFERS = ("inv_freq", "masked_bias", "position_ids", "token_type_ids", "num_batches_tracked")
@@ -126,13 +126,15 @@ def _may_lack(one: Expected, plan: Plan, written: Base) -> bool:
 
 
 def _tied_copy(name: str, plan: Plan, written: Base, inventory: Inventory) -> Expected | None:
-    """A head that the base stores as its embedding only, and that was written out."""
-    tie = plan.base.tied()
-    if tie is None or plan.untied or name not in (tie[0], inventory.prefix(tie[0])):
+    """A tensor that the base stores as its embedding only, and that was written out once more."""
+    tie, embedding = plan.base.tied(), embedding_name(plan.base.tensors)
+    again = name.rpartition(".")[0].rpartition(".")[2] in EMBEDDINGS
+    is_head = tie is not None and name in (tie[0], inventory.prefix(tie[0]))
+    if embedding is None or plan.untied or not (is_head or again):
         return None
     for one, place in inventory.found:
-        if one.name == tie[1]:
-            return Expected(tie[0], one.shape, None, written.tensors[place])
+        if one.name == embedding:
+            return Expected(name, one.shape, None, written.tensors[place])
     return None
 
 

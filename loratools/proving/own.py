@@ -129,10 +129,13 @@ def replay_merge(
 def _delta(key: str, mine: Kind, its: Kind, file: str | None, same_class: bool) -> list[Mismatch]:
     if not same_class and isinstance(mine, LowRank) and isinstance(its, LowRank):
         return _products(key, mine, its, file)
-    pairs = list(zip(leaves(mine), leaves(its), strict=False))
-    same = [(a.dtype, a.shape) == (b.dtype, b.shape) for a, b in pairs]
-    if _form(mine) != _form(its) or not all(same):
-        return [Mismatch("has another kind, rank, shape or dtype", key, file)]
+    if _form(mine) != _form(its):
+        return [Mismatch("is of another kind", key, file)]
+    pairs = list(zip(leaves(mine), leaves(its), strict=True))
+    for a, b in pairs:
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            what = f"has {b.dtype} {b.shape}, expected {a.dtype} {a.shape}"
+            return [Mismatch(what, key, file)]
     for due, there in zip(_scalings(mine), _scalings(its), strict=True):
         if not isclose(due, there, rel_tol=1e-12):
             return [Mismatch(f"has scaling {there:g}, expected {due:g}", key, file)]

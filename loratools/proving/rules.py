@@ -20,7 +20,7 @@ from loratools.algebra import held, map_leaves, matrix, scaled, widen
 from loratools.folding import torch_dtype
 
 F64, F32 = torch.float64, torch.float32
-Order = Literal["chained", "unmerged", "summed"]
+Order = Literal["chained", "unmerged", "summed", "halved"]
 Terms = Sequence[tuple[float, Kind]]
 
 
@@ -95,6 +95,7 @@ class Rule:
                 "chained": "",
                 "unmerged": ", norms from the unmerged base",
                 "summed": ", adapters summed first",
+                "halved": ", in two halves",
             }[self.order]
         )
 
@@ -106,8 +107,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def rules_for(out: torch.dtype, base: torch.dtype, terms: Terms) -> list[Rule]:
-    """The rules that may have made a weight of dtype `out`, the usual ones first."""
+def rules_for(
+    out: torch.dtype, base: torch.dtype, terms: Terms, *, halved: bool = False
+) -> list[Rule]:
+    """The rules that may have made a weight of dtype `out`, the usual ones first.
+
+    `halved` adds those of nn.MultiheadAttention's out_proj, whose update PEFT applies two times.
+    """
     kinds = [d.then if isinstance(d, Replace) else d for _, d in terms]
     stored = {torch_dtype(leaf.dtype) for _, d in terms for leaf in leaves(d)}
     orders: list[Order] = ["chained"]
@@ -115,6 +121,8 @@ def rules_for(out: torch.dtype, base: torch.dtype, terms: Terms) -> list[Rule]:
         orders.append("unmerged")
     if len(terms) > 1 and all(isinstance(d, LowRank | Dense) for _, d in terms):
         orders.append("summed")
+    if halved:
+        orders.append("halved")
     multiplies = any(isinstance(k, LowRank) for k in kinds)
     found: dict[Rule, None] = {EXACT: None}
     for work in dict.fromkeys((out, base, F32)):
@@ -130,10 +138,15 @@ def rules_for(out: torch.dtype, base: torch.dtype, terms: Terms) -> list[Rule]:
 
 def prepared(terms: Terms, rule: Rule) -> list[Kind]:
     """The deltas with weights taken in and leaves rounded to the rule's dtype, held in float64."""
-    return [
-        map_leaves(_weighted(d, w), lambda leaf: held(leaf.tensor().to(rule.factors).to(F64)))
-        for w, d in terms
+    halves = 2 if rule.order == "halved" else 1
+    deltas = [
+        map_leaves(
+            _weighted(delta, weight / halves),
+            lambda leaf: held(leaf.tensor().to(rule.factors).to(F64)),
+        )
+        for weight, delta in terms
     ]
+    return [delta for delta in deltas for _ in range(halves)]
 
 
 def _weighted(delta: Kind, weight: float) -> Kind:
@@ -240,7 +253,8 @@ def _onto(
     rule = weight.rule
     if not isinstance(delta, Renormed):
         part = _change(weight, delta, seen)
-        if rule.delta_first and isinstance(delta, LowRank):
+        first_half = rule.order == "halved" and len(weight.done) % 2 == 0
+        if isinstance(delta, LowRank) and (rule.delta_first or first_half):
             part = part.to(rule.work)
         weight.now = weight.now.plus(part).to(weight.wide, rule.work)
         return None

@@ -11,16 +11,31 @@ from typing import Any
 from loratools.adapter import Leaf
 from loratools.containers import safetensors, torch_zip
 from loratools.containers.bundle import Bundle, local
-from loratools.containers.strict_json import loads
+from loratools.containers.strict_json import loads, require
 from loratools.errors import Problem, error, shown
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE = ("model.safetensors", "pytorch_model.bin")
+# In the order in which transformers looks for them.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 INDEX_LIMIT = 50_000_000
 
 # Architectures whose linear layers are transformers' Conv1D, stored (in, out), and those layers.
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+# The fields of config.json that decide something, and what they must hold.
+FIELDS = {
+    "model_type": "text",
+    "architectures": "a list of texts",
+    "tie_word_embeddings": "true or false",
+    "quantization_config": "an object",
+    "text_config": "an object",
+    "id2label": "an object",
+}
 
 # Last names of input embeddings and of heads that may share their tensor.
 EMBEDDINGS = (
@@ -63,7 +78,8 @@ class Base:
 
     @property
     def is_conv1d(self) -> bool:
-        return self.config.get("model_type") in CONV1D_TYPES
+        parts = [self.config, *(v for v in self.config.values() if isinstance(v, Mapping))]
+        return any(str(part.get("model_type")) in CONV1D_TYPES for part in parts)
 
     @property
     def id(self) -> str | None:
@@ -132,7 +148,8 @@ def embedding_name(tensors: Mapping[str, Leaf]) -> str | None:
 
 def is_hub_id(text: object) -> bool:
     """Whether a text has the form of a Hub id (`org/name`)."""
-    return isinstance(text, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", text) is not None
+    part = r"[A-Za-z0-9_][\w.-]{0,95}"  # a path may begin with a dot
+    return isinstance(text, str) and re.fullmatch(f"{part}/{part}", text, re.ASCII) is not None
 
 
 def headers(source: str | Path | Bundle) -> Base:
@@ -144,32 +161,31 @@ def headers(source: str | Path | Bundle) -> Base:
     bundle = source if isinstance(source, Bundle) else local(source)
     config: Mapping[str, Any] = {}
     if "config.json" in bundle:
-        config = loads(bundle.read("config.json", 1_000_000), f"{bundle.name}/config.json")
-        if not isinstance(config, Mapping):
-            raise error("malformed", f"{bundle.name}/config.json is no object")
-    if bundle.chosen is not None and not bundle.chosen.endswith(".index.json"):
-        return _assembled(bundle, [bundle.chosen], config, None, None)
-    index = bundle.chosen or next((i for i in INDEXES if i in bundle), None)
-    single = next((s for s in SINGLE if s in bundle), None)
-    if single is not None and (index is None or index.startswith("pytorch")):
-        return _assembled(bundle, [single], config, None, None)
-    if index is not None:
-        mapping = _weight_map(bundle, index)
-        return _assembled(bundle, sorted(set(mapping.values())), config, index, mapping)
+        what = f"{bundle.name}/config.json"
+        config = require(loads(bundle.read("config.json", 1_000_000), what), FIELDS, what)
+    found = bundle.chosen or next((n for n in WEIGHTS if n in bundle), None)
+    if found is not None and found.endswith(".index.json"):
+        mapping, size = _weight_map(bundle, found)
+        return _assembled(bundle, sorted(set(mapping.values())), config, found, mapping, size)
+    if found is not None:
+        return _assembled(bundle, [found], config)
     files = [n for n in bundle.names if n.endswith(".safetensors")]
     if len(files) == 1:
-        return _assembled(bundle, files, config, None, None)
-    found = f"{len(files)} safetensors files and no index" if files else "no weights"
-    raise error("not_found", f"{shown(bundle.name)}: {found}; expected {', '.join(SINGLE)}")
+        return _assembled(bundle, files, config)
+    there = f"{len(files)} safetensors files and no index" if files else "no weights"
+    raise error("not_found", f"{shown(bundle.name)}: {there}; expected {', '.join(WEIGHTS[::2])}")
 
 
-def _weight_map(bundle: Bundle, index: str) -> dict[str, str]:
+def _weight_map(bundle: Bundle, index: str) -> tuple[dict[str, str], object]:
+    """The shard of every tensor, and the total size as the index has it."""
     what = f"{bundle.name}/{index}"
     table = loads(bundle.read(index, INDEX_LIMIT), what, limit=INDEX_LIMIT)
     mapping = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(mapping, dict) or not mapping:
         raise error("malformed", f"{shown(what)} has no weight_map")
-    for shard in set(map(str, mapping.values())):
+    if not all(isinstance(v, str) for v in mapping.values()):
+        raise error("malformed", f"{shown(what)}: weight_map must map names to file names")
+    for shard in sorted(set(mapping.values())):
         plain = shard not in ("", ".", "..") and not any(c in shard for c in "/\\:\0")
         if not plain:
             raise error(
@@ -179,17 +195,17 @@ def _weight_map(bundle: Bundle, index: str) -> dict[str, str]:
             raise error(
                 "base_incomplete", f"{shown(what)} names {shown(shard)}, which is not there"
             )
-    if not all(isinstance(v, str) for v in mapping.values()):
-        raise error("malformed", f"{shown(what)}: weight_map must map names to file names")
-    return mapping
+    about = table.get("metadata")
+    return mapping, about.get("total_size") if isinstance(about, dict) else None
 
 
 def _assembled(
     bundle: Bundle,
     names: list[str],
     config: Mapping[str, Any],
-    index: str | None,
-    mapping: Mapping[str, str] | None,
+    index: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    total: object = None,
 ) -> Base:
     shards = [_shard(bundle, name) for name in names]
     tensors: dict[str, Leaf] = {}
@@ -217,6 +233,10 @@ def _assembled(
             message = f"{index} lists {shown(lost[0])} in {mapping[lost[0]]}, which lacks it"
             more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
             problems.append(Problem("base_incomplete", message + more))
+        has = sum(leaf.nbytes for leaf in tensors.values())
+        if total is not None and total != has:
+            message = f"{index} says {shown(total)} bytes in all, the shards hold {has}"
+            problems.append(Problem("base_incomplete", message, "note"))
     return Base(bundle, tuple(shards), tensors, config, index, tuple(problems))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from loratools.adapter import DTYPE_BITS, FLOATS, Leaf
 from loratools.containers import safetensors
+from loratools.errors import error, shown
 from loratools.weights.base import Base
 
 
@@ -46,13 +48,15 @@ def plan_shards(
     *,
     new: Mapping[str, Leaf | None] | None = None,
     dtype: str | None = None,
+    dtypes: Mapping[str, str] | None = None,
     rename: Callable[[str], str] = lambda name: name,
 ) -> tuple[OutputShard, ...]:
     """The output's files in the base's own layout: same shards, same order, same metadata.
 
     `shapes` are the output shapes of weights that change; `new` are weights the base does not
     store (with the leaf they start from, if any), which go to the end of the last shard. `dtype`
-    is given to every floating tensor; None keeps each tensor's own.
+    is given to every floating tensor; None keeps each tensor's own, and new ones take the base's
+    commonest, but for `dtypes` (counts and masks of a head). Raises `duplicate`.
     """
     added = dict(new or {})
     common = common_dtype(base)
@@ -64,18 +68,21 @@ def plan_shards(
             kept = dtype if dtype and leaf.dtype in FLOATS else leaf.dtype
             rows.append((rename(name), kept, shapes.get(name, leaf.shape)))
             origin[rename(name)] = leaf
-        if number == len(base.shards) - 1:
-            for name, leaf_or_none in added.items():
-                kept = dtype or (leaf_or_none.dtype if leaf_or_none else common)
-                rows.append((name, kept, shapes[name]))
-                origin[name] = leaf_or_none
-        if dtype or added or not all(r[2] == o.shape for r in rows if (o := origin[r[0]])):
+        here = added if number == len(base.shards) - 1 else {}
+        for name, leaf_or_none in here.items():
+            kept = dtype or (leaf_or_none.dtype if leaf_or_none else common)
+            rows.append((name, (dtypes or {}).get(name, kept), shapes[name]))
+            origin[name] = leaf_or_none
+        if dtype or here or not all(r[2] == o.shape for r in rows if (o := origin[r[0]])):
             rows = safetensors.aligned(rows)
         metadata = {"format": "pt", **shard.metadata}
         header, offsets = safetensors.plan_layout(rows, metadata)
         pieces = tuple(Piece(n, d, s, offsets[n], origin[n]) for n, d, s in rows)
         size = max((p.offset + p.nbytes for p in pieces), default=len(header))
         shards.append(OutputShard(output_name(shard.name), header, size, pieces))
+    for name, count in Counter(s.name for s in shards).items():
+        if count > 1:
+            raise error("duplicate", f"{count} shards of the base would become {shown(name)}")
     return tuple(shards)
 
 

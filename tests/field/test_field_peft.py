@@ -29,17 +29,10 @@ def test_every_published_config_is_read(field_data: Path):
 
 
 def _peft_scaling(config):
-    known = peft.LoraConfig(
-        r=config["r"], lora_alpha=config["lora_alpha"], use_rslora=config.get("use_rslora", False)
-    )
-    layer = peft.get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(2, 2)),
-        known.__class__(
-            **{k: getattr(known, k) for k in ("r", "lora_alpha", "use_rslora")},
-            target_modules=["0"],
-        ),
-    )
-    return layer.base_model.model[0].scaling["default"]
+    same = {k: config[k] for k in ("r", "lora_alpha", "use_rslora") if k in config}
+    wanted = peft.LoraConfig(target_modules=["0"], **same)
+    wrapped = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), wanted)
+    return wrapped.base_model.model[0].scaling["default"]
 
 
 # The published adapters change attention alone, so that all else of their base may be small.

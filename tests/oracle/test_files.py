@@ -7,9 +7,10 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from loratools import LoratoolsError, inspect, merge
+from loratools import LoratoolsError, fold_into, inspect, load, merge
+from loratools.names.spellings import Spelling
 from tests.oracle import models
 
 OPTIONS = {"target_modules": ["q_proj", "o_proj"], "modules_to_save": ["lm_head"], "r": 4}
@@ -94,6 +95,64 @@ def test_an_adapter_of_the_whole_model_finds_its_place_in_the_bare_one(base, ada
     found = load_file(result.output / "model.safetensors")
     expected.pop("lm_head.weight")
     models.same_tensors({f"model.{k}": v for k, v in found.items()}, expected)
+
+
+def test_a_base_that_is_one_file(base, adapter, tmp_path):
+    options = {"target_modules": ["line", "image", "volume", "tokens", "attention"], "r": 3}
+    made, file = adapter("net", **options), base("net") / "model.safetensors"
+    result = merge([made], file, out=tmp_path / "folded.safetensors")
+    assert [p.severity for p in result.problems] == ["note"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "folded.safetensors",
+        "folded.safetensors.loratools.json",
+    ]
+    models.same_tensors(
+        load_file(tmp_path / "folded.safetensors"), models.merged("net", base("net"), made)
+    )
+
+
+def test_an_adapter_may_have_the_names_of_transformers_4(base, adapter, valid, tmp_path):
+    """It was trained on the module whose names the file of the base still has."""
+    options = {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["classifier"]}
+    made = adapter("vit", **options)
+    old = shutil.copytree(made, tmp_path / "old")
+    tensors = load_file(made / "adapter_model.safetensors")
+    disk = {Spelling("vit")(key): tensor for key, tensor in tensors.items()}
+    assert any(".encoder.layer.0.attention.attention.query.lora_A" in key for key in disk)
+    save_file(disk, old / "adapter_model.safetensors", {"format": "pt"})
+    expected = models.merged("vit", base("vit"), made)
+    folded = models.load_folded("vit", valid([old], base("vit")).output)
+    models.same_tensors(folded.state_dict(), expected)
+    live = models.load("vit", base("vit"))
+    fold_into(live, [load(old)])
+    models.same_tensors(live.state_dict(), expected)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_residual_initialisation_folds_when_peft_converted_it(kind, base, valid, tmp_path):
+    """Converted, it is a LoRA of twice the rank on the plain base; unconverted it is refused."""
+    where = base("llama")
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=3, init_lora_weights=kind)
+    model = peft.get_peft_model(models.load("llama", where), config)
+    model.save_pretrained(tmp_path / "start")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    expected = models.outputs("llama", model.eval())
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(LoratoolsError) as refused:
+        merge([tmp_path / "plain"], where, out=tmp_path / "out")
+    assert (refused.value.code, refused.value.exit) == ("residual_base", 5)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    result = valid([tmp_path / "converted"], where)
+    assert set(inspect(tmp_path / "converted")[0].ranks) == {6}
+    found = models.outputs("llama", models.load_folded("llama", result.output))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "torch"])

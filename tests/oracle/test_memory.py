@@ -56,6 +56,18 @@ def test_patterns_keep_the_order_that_peft_loses_when_it_saves(base, adapter, tm
         loratools.load(tmp_path / "theirs")
 
 
+def test_a_named_adapter_of_a_live_model(base, tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    live = models.trained("llama", base("llama"), config)
+    torch.manual_seed(9)
+    live.add_adapter("other", peft.LoraConfig(target_modules=["v_proj"], r=2, use_dora=True))
+    models.train(live)
+    live.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("other", tmp_path / "other")):
+        found, _ = loratools.to_state_dict(loratools.from_model(live, name))
+        models.same_tensors(found, load_file(folder / "adapter_model.safetensors"))
+
+
 def test_from_state_dict_and_back(base, adapter):
     made = adapter("llama", **CASES["dora"][1])
     model = models.served("llama", base("llama"), made)

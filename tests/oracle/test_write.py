@@ -1,10 +1,12 @@
 """What we write, PEFT loads and computes the same with; reading and writing loses nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from loratools import convert
 from tests.oracle import models
@@ -38,3 +40,15 @@ def test_what_is_read_and_written_is_the_same_adapter(case, base, adapter, tmp_p
     found = models.outputs(name, models.served(name, base(name), result.output, change))
     expected = models.outputs(name, models.served(name, base(name), made, change))
     assert torch.equal(found, expected)
+
+
+def test_fields_that_nobody_knows_and_metadata_are_kept(base, adapter, tmp_path):
+    made = shutil.copytree(adapter("llama", target_modules=["q_proj"]), tmp_path / "made")
+    tensors, config = contents(made)
+    more = {"use_newlora": None, "zzz": {"b": 1, "a": [1.5, None]}, "aaa": "é"}
+    (made / "adapter_config.json").write_text(json.dumps(more | config))
+    save_file(tensors, made / "adapter_model.safetensors", {"format": "pt", "trained_by": "me"})
+    [result] = convert(made, out=tmp_path / "written", hash="none")
+    assert list(contents(result.output)[1].items()) == list((more | config).items())
+    with safe_open(result.output / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["trained_by"] == "me"

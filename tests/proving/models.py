@@ -13,6 +13,8 @@ import peft
 import torch
 import transformers
 from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 transformers.logging.disable_progress_bar()
 
@@ -41,10 +43,25 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
 TRAINED = {"bert": "BertForSequenceClassification"}
 
 
+class Net(nn.Module):
+    """Layers that transformers' models have not, each with an update of its own in PEFT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2)
+        self.line = nn.Conv1d(32, 24, 3)
+        self.image = nn.Conv2d(8, 16, (3, 2))
+        self.words = nn.Embedding(40, 32)
+
+
 def save_base(
     name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 1
 ) -> Path:
     torch.manual_seed(seed)
+    if name == "net":
+        folder.mkdir()
+        save_file(Net().to(dtype).state_dict(), folder / "model.safetensors", {"format": "pt"})
+        return folder
     kind, sizes = BASES[name]
     made = getattr(transformers, kind)
     model = made(made.config_class(**sizes))
@@ -58,10 +75,15 @@ def save_base(
 
 def load(
     name: str, folder: Path, dtype: torch.dtype | None = None, words: int | None = None
-) -> transformers.PreTrainedModel:
+) -> nn.Module:
     """The model that adapters are trained on, with `words` rows of embedding."""
-    kind = TRAINED.get(name, BASES[name][0])
     torch.manual_seed(2)
+    if name == "net":
+        tensors = load_file(folder / "model.safetensors")
+        net = Net().to(dtype or next(iter(tensors.values())).dtype)
+        net.load_state_dict(tensors)
+        return net.eval()
+    kind = TRAINED.get(name, BASES[name][0])
     extra = {"num_labels": 3} if name in TRAINED else {}
     made = getattr(transformers, kind)
     model = made.from_pretrained(folder, dtype=dtype or "auto", **extra).eval()
@@ -105,7 +127,8 @@ def train(
                     if embedding
                     else layer.lora_B["default"].weight
                 )
-                weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default")
+                inner, delta = layer.get_base_layer(), layer.get_delta_weight("default")
+                weight = getattr(inner, "in_proj_weight", getattr(inner, "weight", None))
                 up *= update * weight.norm() / delta.norm()
                 if layer.lora_bias.get("default"):
                     layer.lora_B["default"].bias *= 0.01
@@ -142,5 +165,9 @@ def fold(
         for adapter in adapters:
             wrapped = peft.PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=cast)
             model = wrapped.merge_and_unload(safe_merge=safe)
-    model.save_pretrained(out, **saving)
+    if name == "net":
+        out.mkdir()
+        save_file(model.state_dict(), out / "model.safetensors", {"format": "pt"})
+    else:
+        model.save_pretrained(out, **saving)
     return out

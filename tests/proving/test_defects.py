@@ -202,6 +202,18 @@ def test_a_shard_of_an_older_run_is_found(dtype, base, adapter, folded, tmp_path
     assert {m.file for m in result.mismatches if m.tensor} == {shard}
 
 
+def test_a_tensor_missing_from_its_shard_is_found(base, adapter, folded, tmp_path):
+    over, made = base("llama"), adapter("llama", **ADAPTER)
+    out = shutil.copytree(folded("llama", over, [made], max_shard_size="60KB"), tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = load_file(out / index[Q1])
+    del tensors[Q1]
+    save_file(tensors, out / index[Q1], {"format": "pt"})
+    result = verify(out, base=over, adapters=[made])
+    assert tensors_of(result) == [Q1]
+    assert "lists" in result.mismatches[0].what
+
+
 def test_swapped_order_of_adapters_is_found(base, adapter, folded):
     over = base("llama", BF16)
     first, second = (adapter("llama", **ADAPTER, seed=s) for s in (3, 8))

@@ -106,6 +106,14 @@ def test_a_tied_head_may_be_stored_or_not():
     assert lost == {HEAD: "missing"}
 
 
+def test_an_embedding_may_be_stored_again_where_a_model_shares_it():
+    shared = {"shared.weight": WEIGHTS[EMBEDDING], QUERY: WEIGHTS[QUERY]}
+    again = folded(shared) | {"encoder.embed_tokens.weight": WEIGHTS[EMBEDDING]}
+    assert found_wrong(shared, again, tied=True) == {}
+    again["encoder.embed_tokens.weight"] = numbers(6, 8, seed=3)
+    assert list(found_wrong(shared, again, tied=True)) == ["encoder.embed_tokens.weight"]
+
+
 def test_a_tied_head_follows_what_is_folded_into_the_embedding():
     square = {EMBEDDING: numbers(8, 8), QUERY: numbers(8, 8)}
     once = square | {EMBEDDING: square[EMBEDDING] + B @ A}
