@@ -6,7 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from loratools.adapter import FLOATS, Adapter, Kind, Leaf, LowRank, Place, Renormed, Replace
+from loratools.adapter import (
+    DTYPE_BITS,
+    FLOATS,
+    Adapter,
+    Kind,
+    Leaf,
+    LowRank,
+    Place,
+    Renormed,
+    Replace,
+)
 from loratools.errors import Problem, shown
 from loratools.names.prefixes import Prefix, find_prefix, nearest
 from loratools.plan import Plan, Target, Term, Ties, module_shape, stored_shape
@@ -132,11 +142,24 @@ def _place(one: _Binding, key: str, target: str) -> None:
         tie = one.base.tied()
         leaf = one.base.tensors[tie[1]] if tie else None
     assert leaf is not None
-    if leaf.dtype not in FLOATS:
+    whole = isinstance(delta, Replace) and delta.rows is None
+    given = delta.value.dtype if isinstance(delta, Replace) else "F32"
+    if given not in FLOATS and given != leaf.dtype:
+        message = f"{shown(target)}: {given} would replace {leaf.dtype}"
+        one.problem("dtype_unusable", message, target)
+        return
+    # A module saved in full may keep a counter (BatchNorm's), which no quantisation stored.
+    if leaf.dtype not in FLOATS and not (whole and given == leaf.dtype):
         one.problem("quantised_base", f"{shown(target)} is stored as {leaf.dtype}", target)
         return
+    scales = (f"{target}_scale", f"{target}_scale_inv", target[: -len("weight")] + "scale_weight")
+    scale = next((s for s in scales if s in one.base.tensors), None)
+    if scale is not None and DTYPE_BITS[leaf.dtype] == 8:
+        message = f"{shown(target)} is {leaf.dtype} with {shown(scale)}: numbers and their scale"
+        one.problem("quantised_base", message, target)
+        return
     transposed = _is_transposed(one, key, target, leaf)
-    if not _shape_fits(one, key, target, delta, leaf, transposed):
+    if not _shape_fits(one, target, delta, leaf, transposed):
         return
     place = Place(target, transposed)
     one.terms.setdefault(target, []).append(Term(one.number, key, delta, place, one.weight))
@@ -152,7 +175,7 @@ def _is_transposed(one: _Binding, key: str, target: str, leaf: Leaf) -> bool:
         return False
     says = config.get("fan_in_fan_out") is True
     if one.base.config.get("model_type"):
-        is_conv1d = one.base.is_conv1d and target.split(".")[-2] in CONV1D_LAYERS
+        is_conv1d = one.base.is_conv1d and last(target) in CONV1D_LAYERS
         if is_conv1d != says and shape[0] == shape[1] and "fan_in_fan_out" in config:
             stored = "(in, out)" if is_conv1d else "(out, in)"
             one.problem(
@@ -168,23 +191,19 @@ def _is_transposed(one: _Binding, key: str, target: str, leaf: Leaf) -> bool:
     return leaf.shape == (shape[1], shape[0])
 
 
-def _shape_fits(
-    one: _Binding, key: str, target: str, delta: Kind, leaf: Leaf, transposed: bool
-) -> bool:
+def _shape_fits(one: _Binding, target: str, delta: Kind, leaf: Leaf, transposed: bool) -> bool:
     shape, stored = stored_shape(delta, transposed), leaf.shape
     named = one.adapter.config.get("base_model_name_or_path")
     hint = f'; its config names "{shown(named)}"' if isinstance(named, str) and named else ""
-    if isinstance(delta, Replace) and delta.rows is not None:
-        if shape[1:] == stored[1:]:
-            return True
-    elif isinstance(delta, Replace):
+    if isinstance(delta, Replace):
         is_vocabulary = last(target) in {*EMBEDDINGS, *HEADS} or is_head(target)
-        if shape == stored or (is_vocabulary and shape[1:] == stored[1:]):
-            return True
+        free = delta.rows is not None or is_vocabulary  # in its number of rows
+        if shape == stored or (free and shape and stored and shape[1:] == stored[1:]):
+            return _then_fits(one, target, delta, leaf, transposed)
     elif _without_ones(shape) == _without_ones(stored):
         return True
-    if len(stored) > 2 and shape[0] == stored[0] and shape[2:] == stored[2:]:
-        grouped, rest = divmod(shape[1], stored[1])
+    if len(shape) == len(stored) > 2 and (shape[0], *shape[2:]) == (stored[0], *stored[2:]):
+        grouped, rest = divmod(shape[1], stored[1] or 1)
         if grouped > 1 and not rest:
             hint = (
                 f"; the base's convolution has {grouped} groups: an update that mixes all input "
@@ -196,6 +215,12 @@ def _shape_fits(
         target,
     )
     return False
+
+
+def _then_fits(one: _Binding, target: str, delta: Replace, leaf: Leaf, transposed: bool) -> bool:
+    """Whether what is applied upon replaced numbers has their shape."""
+    upon = leaf if delta.rows is not None else delta.value
+    return delta.then is None or _shape_fits(one, target, delta.then, upon, transposed)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -210,6 +235,7 @@ def _new_head(one: _Binding, key: str, name: str) -> None:
 
 
 def _unmatched(one: _Binding, lost: Mapping[str, str], there: set[str], total: int) -> None:
+    matched = total - len(lost)
     roots = Counter(key.split(".")[0] for key in lost)
     absent = {r for r in roots if not any(t.startswith(f"{r}.") for t in there)}
     if len(lost) < total:
@@ -234,7 +260,7 @@ def _unmatched(one: _Binding, lost: Mapping[str, str], there: set[str], total: i
     first = next(iter(lost.values()))
     one.problem(
         "unmatched",
-        f"{total - len(lost)} of {total} deltas matched; the base has no {shown(first)}"
+        f"{matched} of {total} deltas matched; the base has no {shown(first)}"
         f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}{step}",
         first,
     )

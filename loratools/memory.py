@@ -18,6 +18,7 @@ from loratools.formats import peft
 from loratools.formats.peft_writing import disassemble
 from loratools.plan import Plan, Ties
 from loratools.weights.base import Base, Shard
+from loratools.weights.layout import common_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,7 @@ def fold_tensors(source: Tensors, plan: Plan) -> Iterator[tuple[str, torch.Tenso
 
     Untouched tensors come as the source gives them; touched ones keep their dtype.
     """
-    from loratools.folding import fold_tensor
+    from loratools.folding import fold_tensor, torch_dtype
 
     for name in source.keys():  # noqa: SIM118 - safe_open is no mapping
         target = plan.targets.get(name)
@@ -149,9 +150,9 @@ def fold_tensors(source: Tensors, plan: Plan) -> Iterator[tuple[str, torch.Tenso
         yield name, tensor
     for name in plan.new:
         target = plan.targets[name]
-        leaf = target.base or next(iter(plan.base.tensors.values()))
         start = target.base.tensor() if target.base else None
-        dtype = leaf.tensor().dtype
+        kind = target.base.dtype if target.base else common_dtype(plan.base)
+        dtype = torch_dtype(plan.counts.get(name, kind))
         yield name, fold_tensor(target, start, dtype=dtype)[0]
 
 
@@ -174,7 +175,7 @@ def fold_into(
     parameters = dict(module.state_dict(keep_vars=True))
     config = getattr(module, "config", None)
     facts = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-    tensors = {n: p.detach() for n, p in parameters.items() if str(p.dtype)[6:] in _FLOATS}
+    tensors = {n: p.detach() for n, p in parameters.items() if str(p.dtype)[6:] in _KNOWN}
     plan = plan_for(adapters, tensors, weights=weights, config=facts, ties="tied", allow=allow)
     unfit = [n for n in plan.targets if n in plan.new or n in plan.resized]
     if unfit:
@@ -193,4 +194,4 @@ def fold_into(
     return kept
 
 
-_FLOATS = frozenset(TORCH_NAMES[n] for n in ("F64", "F32", "F16", "BF16"))
+_KNOWN = frozenset(TORCH_NAMES.values())

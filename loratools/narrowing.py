@@ -27,6 +27,8 @@ def narrow(values: Tensor, dtype: torch.dtype, room: Room = fresh) -> Tensor:
     bfloat16 instead of 1.0078125. Only values that float32 puts exactly halfway can go wrong.
     What is too large becomes infinite, in E4M3 NaN.
     """
+    if not dtype.is_floating_point:  # a counter that a module keeps (BatchNorm's)
+        return values.round().to(dtype)
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype, copy=True)  # the caller may go on computing in `values`
     values = values.contiguous()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Place, Renormed, Replace
+from loratools.adapter import FLOATS, Adapter, Dense, Kind, Leaf, LowRank, Place, Renormed, Replace
 from loratools.errors import Problem
 from loratools.names.prefixes import Prefix
 from loratools.weights.base import Base
@@ -60,6 +60,16 @@ class Plan:
             n: t.shape[0]
             for n, t in self.targets.items()
             if t.base is not None and t.shape != t.base.shape
+        }
+
+    @property
+    def counts(self) -> dict[str, str]:
+        """Dtypes of new weights that are no floats: a counter or a mask within a new head."""
+        return {
+            n: term.delta.value.dtype
+            for n in self.new
+            for term in self.targets[n].terms
+            if isinstance(term.delta, Replace) and term.delta.value.dtype not in FLOATS
         }
 
     def output_name(self, name: str) -> str:

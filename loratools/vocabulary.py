@@ -19,33 +19,31 @@ def is_head(target: str) -> bool:
     return target.rpartition(".")[0] in HEADS
 
 
+def trained_rows(delta: Kind | None) -> tuple[int, ...]:
+    """The rows that a delta replaces one by one, upon a whole replacement too."""
+    if not isinstance(delta, Replace):
+        return ()
+    return trained_rows(delta.then) if delta.rows is None else delta.rows
+
+
 def output_shape(
     name: str, leaf: Leaf | None, terms: Sequence[Term], problems: list[Problem]
 ) -> tuple[int, ...]:
     """The stored shape in the output: the base's, or that of what replaces it."""
     whole = [t for t in terms if isinstance(t.delta, Replace) and t.delta.rows is None]
     shapes = {stored_shape(t.delta, False) for t in whole}
-    if leaf is None and len(shapes) > 1:
-        listed = " and ".join(str(s) for s in sorted(shapes))
-        problems.append(
-            Problem(
-                "head_conflict", f"{shown(name)} is {listed} in different adapters", target=name
-            )
-        )
-    if leaf is None:
-        return min(shapes)
-    if not whole:
-        rows = [max(t.delta.rows) for t in terms if isinstance(t.delta, Replace) and t.delta.rows]
-        if rows and max(rows) >= leaf.shape[0]:
-            message = f"{shown(name)}: token {max(rows)} is trained, the base has {leaf.shape[0]}"
-            problems.append(Problem("vocabulary", message, target=name))
-        return leaf.shape
-    shape = max(shapes)
+    shape = max(shapes) if whole else leaf.shape if leaf is not None else ()
+    tokens = [max(rows) for t in terms if (rows := trained_rows(t.delta))]
+    if tokens and max(tokens) >= shape[0]:
+        message = f"{shown(name)}: token {max(tokens)} is trained, there are {shape[0]} rows"
+        problems.append(Problem("vocabulary", message, target=name))
     if len(shapes) > 1:
         listed = " and ".join(str(s) for s in sorted(shapes))
         message = f"{shown(name)} is {listed} in different adapters"
-        problems.append(Problem("vocabulary", message, target=name))
-    elif shape[0] < leaf.shape[0] and (len(terms) > 1 or terms[0].weight != 1):
+        alike = len({s[1:] for s in shapes if s}) == 1 and all(shapes)
+        code = ("head_conflict" if leaf is None else "vocabulary") if alike else "shape_mismatch"
+        problems.append(Problem(code, message, target=name))
+    elif leaf and shape[:1] < leaf.shape[:1] and (len(terms) > 1 or terms[0].weight != 1):
         problems.append(
             Problem(
                 "vocabulary",
@@ -66,11 +64,11 @@ def settle_ties(
         return False
     head, embedding = tie
     by_head, by_embedding = merged.get(head, []), merged.get(embedding, [])
-    if not by_head and all(isinstance(t.delta, Replace) and t.delta.rows for t in by_embedding):
-        return False  # trained token rows: PEFT trains and serves them for both
     if ties == "untied":
         return True
-    if ties is None and not _agree(by_head, by_embedding):
+    # Trained token rows PEFT trains and serves for both.
+    tokens = all(isinstance(d := t.delta, Replace) and d.rows and not d.then for t in by_embedding)
+    if ties is None and (by_head or not tokens) and not _agree(by_head, by_embedding):
         touched = " and ".join(n for n in (head, embedding) if n in merged)
         problems.append(
             Problem(
@@ -135,15 +133,14 @@ def one_vocabulary(targets: Mapping[str, Target], base: Base, problems: list[Pro
         for n, t in targets.items()
         if t.base is not None and t.shape[:1] != t.base.shape[:1]
     }
-    vocabulary = {n for n in base.tensors if last(n) in EMBEDDINGS or is_head(n)}
-    heads = {n for n in vocabulary if is_head(n) or last(n) in EMBEDDINGS}
+    vocabulary = [n for n in base.tensors if last(n) in EMBEDDINGS or is_head(n)]
     for name, count in rows.items():
+        before = targets[name].base
         others = {
             n: (targets[n].shape[0] if n in targets else base.tensors[n].shape[0])
-            for n in heads
-            if n.endswith(".weight") and base.tensors[n].shape[0] == base.tensors.get(
-                name, base.tensors[n]).shape[0]
-        }  # fmt: skip
+            for n in vocabulary
+            if before is not None and base.tensors[n].shape[:1] == before.shape[:1]
+        }
         unlike = {n: c for n, c in others.items() if c != count}
         if unlike:
             other, size = next(iter(unlike.items()))

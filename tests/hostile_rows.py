@@ -95,7 +95,13 @@ FILES = [
     Row(9, "an empty factor", b.tensors(b.plus(A, [0, SIZE], b"")), 4, "A is (0, 8)", inspect=0),
     *bad(10, "unknown dtype F33", F33=weights({"x": entry("F33", [2], 0, 8)}, bytes(8))),
     *bad(10, "expected floats", **{d: b.retyped(d) for d in ("F4", "F8_E8M0", "C64", "BOOL")}),
-    *bad(11, "expected floats", I8=b.retyped("I8"), I32_in_one=b.retyped("I32", B)),
+    *bad(11, "expected floats", I8=b.retyped("I8"), I32_in_one=b.retyped("I32", B),
+         I32_magnitude=b.then(b.tensors(b.plus(f"{STEM}.lora_magnitude_vector", [SIZE])),
+                              b.retyped("I32", "_vector"), b.config(use_dora=True))),
+    Row(11, "I32 for a saved weight", b.then(
+        b.tensors(b.plus(f"base_model.model.{EMBEDDING}.weight", [5, SIZE])),
+        b.retyped("I32", f"{EMBEDDING}.weight"), b.config(modules_to_save=["embed_tokens"])), 3,
+        "I32 would replace F32", inspect=0),
     *(Row(12, what, key(name), 3, says, inspect=0) for what, name, says in [
         ("escape", "x\x1b[2J\x07y", r"x\x1b[2J\x07y"), ("right to left", "x\u202ey", r"x\u202ey"),
         ("newline", "x\nerror: y", r"x\nerror: y"), ("NUL", "x\0y", r"x\x00y"),

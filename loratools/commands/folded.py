@@ -155,6 +155,7 @@ def output_shards(plan: Plan, dtype: str | None) -> tuple[OutputShard, ...]:
         {n: t.shape for n, t in plan.targets.items()},
         new={n: plan.targets[n].base for n in plan.new},
         dtype=dtype,
+        dtypes=plan.counts,
         rename=plan.output_name,
     )
 

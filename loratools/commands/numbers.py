@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loratools.adapter import Adapter, LowRank, leaves
+from loratools.adapter import FLOATS, Adapter, LowRank, leaves
 from loratools.errors import Problem, Severity, shown
 from loratools.folding import Cut, Tally, fold_sample, torch_dtype
 from loratools.plan import Plan
@@ -75,8 +75,8 @@ def sampled(
     for name, target in plan.targets.items():
         if target.base is None or not target.terms:
             continue
-        out = torch_dtype(dtype or target.base.dtype)
-        tallies[name] = fold_sample(target, dtype=out, cut=cut)
+        kept = dtype if dtype and target.base.dtype in FLOATS else target.base.dtype
+        tallies[name] = fold_sample(target, dtype=torch_dtype(kept), cut=cut)
     problems = [*_zeros(plan, tallies), *_too_large(plan, tallies), *_there_already(tallies)]
     kept = pooled(tallies.values())
     if kept is not None and kept < (KEPT if min_kept is None else min_kept):

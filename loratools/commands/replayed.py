@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from loratools.adapter import Adapter, Leaf
 from loratools.commands.check import fit
 from loratools.commands.companions import changed_config
 from loratools.commands.folded import output_shards
-from loratools.commands.merge import merge_adapters
+from loratools.commands.merge import DTYPES, merge_adapters
 from loratools.commands.verify import Progress, VerifyResult
 from loratools.containers.local import LocalFile
 from loratools.errors import LoratoolsError, error, shown
@@ -239,22 +239,22 @@ def _fold(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed
     base, adapters = sources.base(), sources.adapters()
     if base is None or adapters is None:
         return None
-    recipe = proof.part("recipe")
+    recipe = _recipe(proof)
     plan, _ = fit(
         adapters,
         base,
         weights=_weights(proof),
-        only=recipe.get("only") or (),
-        skip=recipe.get("skip") or (),
-        ties=recipe.get("ties"),
+        only=recipe["only"] or (),
+        skip=recipe["skip"] or (),
+        ties=recipe["ties"],
     )
     assert plan is not None
     device, same = _arithmetic(proof)
-    rank, energy = recipe.get("rank"), recipe.get("energy")
+    rank, energy = recipe["rank"], recipe["energy"]
     written = headers(proof.model)
     replayed = replay_fold(
         plan,
-        output_shards(plan, recipe.get("dtype")),
+        output_shards(plan, recipe["dtype"]),
         written,
         cut=None if rank is None and energy is None else Cut(rank, energy),
         device=device,
@@ -264,7 +264,7 @@ def _fold(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed
     if replayed.near:
         proof.notes.append(f"{replayed.near} elements differ by 1 ulp, as another arithmetic may")
     if proof.model.is_dir() and base.config:
-        due = changed_config(plan, recipe.get("dtype"))
+        due = changed_config(plan, recipe["dtype"])
         for key in due.keys() | written.config.keys():
             if due.get(key) != written.config.get(key):
                 what = f"{shown(key)} is {shown(written.config.get(key))}"
@@ -274,27 +274,54 @@ def _fold(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed
 
 
 def _merge(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed | None:
-    adapters, recipe = sources.adapters(), proof.part("recipe")
+    adapters, recipe = sources.adapters(), _recipe(proof)
     if adapters is None:
         return None
-    if recipe.get("to", "peft") != "peft":
+    if recipe["to"] not in (None, "peft"):
         proof.notes.append(f"what was converted to {shown(recipe['to'])} is not replayed")
         return None
     _, same = _arithmetic(proof)
     merged = merge_adapters(
         adapters,
         _weights(proof),
-        method=recipe.get("method", "linear"),
-        rank=recipe.get("rank"),
-        energy=recipe.get("energy"),
-        dtype=recipe.get("dtype"),
-        only=recipe.get("only") or (),
-        skip=recipe.get("skip") or (),
+        method=recipe["method"] or "linear",
+        rank=recipe["rank"],
+        energy=recipe["energy"],
+        dtype=recipe["dtype"],
+        only=recipe["only"] or (),
+        skip=recipe["skip"] or (),
     )
     written = formats.read(proof.model)
     return replay_merge(
         merged.adapter, written, file=next(iter(written.files), None), same_class=same
     )
+
+
+def _recipe(proof: Proof) -> dict[str, Any]:
+    """The options that a replay needs, None where absent; MalformedError for other values."""
+    from loratools.merging import METHODS
+
+    fits: dict[str, Callable[[Any], bool]] = {
+        "rank": lambda v: isinstance(v, int) and v > 0,
+        "energy": lambda v: isinstance(v, float | int) and 0 < v <= 1,
+        "dtype": lambda v: v in list(DTYPES.values()),
+        "ties": lambda v: v in ("tied", "untied"),
+        "method": lambda v: v in list(METHODS),
+        "only": _are_texts,
+        "skip": _are_texts,
+        "to": lambda v: isinstance(v, str),
+    }
+    recipe = proof.part("recipe")
+    for key, good in fits.items():
+        value = recipe.get(key)
+        if value is not None and not good(value):
+            what = f"{key} is {shown(value)}, which this version cannot replay"
+            raise error("malformed", f"{shown(proof.receipt.path)}: {what}")
+    return {key: recipe.get(key) for key in fits}
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
 def _weights(proof: Proof) -> list[float]:

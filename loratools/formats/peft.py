@@ -206,7 +206,7 @@ def _pair(
         here, lost = (up, down) if a is None else (down, up)
         problem("missing", f"{shown(module)} has {here} without {lost}", module)
         return
-    for leaf in (a, b):
+    for leaf in leaves.values():
         if leaf.dtype not in FLOATS:
             raise error("dtype_unusable", f"{shown(leaf.name)} is {leaf.dtype}, expected floats")
     if not _multiplies(a, b):

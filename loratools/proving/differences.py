@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loratools.adapter import DTYPE_BITS, FLOATS, Leaf, Source
-from loratools.folding import leaf_rows, one_thread, torch_dtype
+from loratools.folding import extents, leaf_rows, one_thread, torch_dtype
 from loratools.narrowing import narrow
 from loratools.streaming import default_threads
 
@@ -123,8 +123,8 @@ def compare_leaves(expected: Leaf, found: Leaf) -> Difference:
     if expected.dtype == found.dtype and plain and mine is not None and its is not None:
         return _compare_bytes(mine, expected.offset, its, found)
     dtype, other = torch_dtype(found.dtype), Rows(found)
-    height = expected.shape[0] if expected.shape else 1
-    step = max(1, TILE * height // max(expected.numel, 1))
+    height, width = extents(expected.shape)
+    step = max(1, TILE // max(width, 1))
     for start in range(0, height if expected.numel else 0, step):
         tile = leaf_rows(expected)(start, min(start + step, height))
         if tile.dtype != dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loratools.adapter import Kind, Leaf, LowRank, Renormed, Replace
 from loratools.algebra import matrix, widen
-from loratools.folding import TILE, Cut, fold_target, leaf_rows, sample_rows, torch_dtype
+from loratools.folding import TILE, Cut, extents, fold_target, leaf_rows, sample_rows, torch_dtype
 from loratools.narrowing import narrow
 from loratools.plan import Target
 from loratools.proving.differences import Difference, Mismatch
@@ -167,9 +167,8 @@ def _views(target: Target, written: Leaf) -> tuple[_View, _View | None]:
         terms,
         None if base is None else leaf_rows(base),
         leaf_rows(written),
-        0 if base is None else base.shape[0],
-        written.shape[0],
-        written.numel // max(written.shape[0], 1),
+        0 if base is None else extents(base.shape)[0],
+        *extents(written.shape),
     )
     inner = [d.then if isinstance(d, Replace) else d for _, d in terms]
     if not any(isinstance(d, Renormed) and d.axis == "in" for d in inner):
@@ -196,7 +195,7 @@ def _views_and_rules(
 ) -> tuple[tuple[_View, _View | None], list[Rule]]:
     views, dtype = _views(target, written), torch_dtype(written.dtype)
     base = dtype if target.base is None else torch_dtype(target.base.dtype)
-    if views[1] is None:
+    if views[1] is None or not dtype.is_floating_point:
         return views, [EXACT]
     halved = target.name.endswith("out_proj.weight")
     return views, rules_for(dtype, base, views[1].terms, halved=halved)
@@ -284,7 +283,7 @@ def _judge(judged: Judged, seen: Tensor, w0: Tensor | None, span: Span | None, a
         return
     bad = ~((wide >= span.low) & (wide <= span.high))
     judged.difference.add(bad, (wide - span.exact).abs(), at)
-    if w0 is None or not bool(wide.isfinite().all()):
+    if w0 is None or not seen.dtype.is_floating_point or not bool(wide.isfinite().all()):
         return
     update, moved = (span.exact - w0).reshape(-1), (wide - w0).reshape(-1)
     off = (wide - (span.low + span.high) / 2).mul_(bad).reshape(-1)

@@ -77,9 +77,9 @@ def replay_fold(
             difference, near = compare_leaves(piece.base, leaf), 0
             what = CHANGED
         else:
-            rows = Rows(leaf, tolerance)
-            before = None if target.base is None else leaf_rows(target.base)
             dtype = torch_dtype(leaf.dtype)
+            rows = Rows(leaf, tolerance if dtype.is_floating_point else 0)
+            before = None if target.base is None else leaf_rows(target.base)
             fold_target(target, before, rows.compare, dtype=dtype, desk=Desk(desk_at), cut=cut)
             difference, near, what = rows.found, rows.near, "folded again it differs"
             if difference.elements and not judge_exactly(target, leaf, cut).difference.elements:

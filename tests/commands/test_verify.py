@@ -280,6 +280,26 @@ def test_a_hostile_receipt_is_refused(change, code, made):
     refused(code, made[2])
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("rank", "4"),
+        ("rank", 0),
+        ("energy", 7),
+        ("dtype", "F4"),
+        ("dtype", []),
+        ("ties", "loose"),
+        ("only", "attention"),
+        ("skip", [5]),
+    ],
+)
+def test_options_that_no_fold_had_are_refused(option, value, made):
+    path = made[2] / "loratools.json"
+    recipe = json.loads(path.read_text())["recipe"]
+    rewrite(path, recipe=recipe | {option: value})
+    assert option in refused("malformed", made[2])
+
+
 @pytest.mark.parametrize("weight", [None, "1", [], True])
 def test_a_weight_that_is_no_number_is_refused(weight, made):
     path = made[2] / "loratools.json"

@@ -78,7 +78,7 @@ CASES = {
     "bert": ("bert", [BERT], {}, ONCE),
     "other-layers": (
         "net",
-        [{"target_modules": ["attention", "line", "image", "words"]}],
+        [{"target_modules": ["attention", "line", "image", "words"], "modules_to_save": ["norm"]}],
         {},
         None,
     ),
