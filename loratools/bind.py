@@ -201,9 +201,10 @@ def _shape_fits(one: _Binding, target: str, delta: Kind, leaf: Leaf, transposed:
         if shape == stored or (free and shape and stored and shape[1:] == stored[1:]):
             return _then_fits(one, target, delta, leaf, transposed)
     elif _without_ones(shape) == _without_ones(stored):
-        return True
+        if not (transposed and len(shape) > 2):  # only a matrix can be transposed
+            return True
     if len(shape) == len(stored) > 2 and (shape[0], *shape[2:]) == (stored[0], *stored[2:]):
-        grouped, rest = divmod(shape[1], stored[1] or 1)
+        grouped, rest = divmod(shape[1], stored[1]) if stored[1] else (0, 0)
         if grouped > 1 and not rest:
             hint = (
                 f"; the base's convolution has {grouped} groups: an update that mixes all input "

@@ -84,6 +84,8 @@ def module_shape(delta: Kind) -> tuple[int, ...] | None:
     match delta:
         case LowRank(a=a, b=b):
             return (b.shape[0], *a.shape[1:])
+        case Renormed(delta=Dense(diff=diff)):
+            return diff.shape
         case Renormed(delta=inner):
             return module_shape(inner)
         case Dense() | Replace():

@@ -179,7 +179,6 @@ def test_some_do_not_match():
         lambda n: "module." + n,
         lambda n: "base_model." + n,
         lambda n: "transformer." + n,
-        lambda n: n.replace("model.", "model.language_model.", 1).replace("model.", "", 1),
     ],
 )
 def test_one_known_prefix_that_explains_every_key_is_applied(change):
@@ -490,8 +489,8 @@ def test_every_problem_of_every_adapter_comes_at_once():
         "model.layers.0.v_proj.weight": ("U8", [8, 4]),
         "model.norm.weight": [4],
     }
-    files = [shard("m-1.safetensors", there),
-             whole(INDEX, {"weight_map": dict.fromkeys([*there, "lm_head.weight"], "m-1.safetensors")})]  # fmt: skip
+    where = dict.fromkeys([*there, "lm_head.weight"], "m-1.safetensors")
+    files = [shard("m-1.safetensors", there), whole(INDEX, {"weight_map": where})]
     plan = bind([first, second], headers(bundle(*files)))
     found = errors(plan)
     assert {code: len(p) for code, p in found.items()} == {
@@ -533,7 +532,8 @@ def test_binding_needs_no_torch():
 import sys
 from tests.bases import adapter, base, lora
 from loratools.bind import bind
-plan = bind([adapter({"a.weight": lora(8, 4)})], base({"a.weight": [8, 4]}, {"model_type": "llama"}))
+there = base({"a.weight": [8, 4]}, {"model_type": "llama"})
+plan = bind([adapter({"a.weight": lora(8, 4)})], there)
 assert plan.problems == () and plan.matched == (1,)
 print([m for m in ("torch", "numpy") if m in sys.modules])
 """
@@ -547,101 +547,120 @@ print([m for m in ("torch", "numpy") if m in sys.modules])
     assert ended.stdout == "[]\n", ended.stderr
 
 
-# ------------------------------------------------------------------------------- what a plan is worth
+# ------------------------------------------------------------------------------- carried out
 
 
 SIZES = st.sampled_from([1, 2, 3])
-NAMES = st.sampled_from(
-    ["model.embed_tokens.weight", "lm_head.weight", "h.0.attn.c_proj.weight", "h.0.q.weight",
-     "h.0.q.bias", "score.weight", "scale"]
-)  # fmt: skip
+NAMES = [
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "h.0.attn.c_proj.weight",
+    "h.0.q.weight",
+    "h.0.q.bias",
+    "score.weight",
+    "scale",
+]
 SHAPES = st.one_of(
-    st.tuples(SIZES, SIZES), st.tuples(SIZES, SIZES), st.tuples(SIZES), st.just(()),
-    st.tuples(SIZES, SIZES, SIZES), st.tuples(SIZES, SIZES, st.just(1), st.just(1)),
-)  # fmt: skip
+    st.tuples(SIZES, SIZES),
+    st.tuples(SIZES, SIZES),
+    st.tuples(SIZES),
+    st.just(()),
+    st.tuples(SIZES, SIZES, SIZES),
+    st.tuples(SIZES, SIZES, st.just(1), st.just(1)),
+)
+Shape = tuple[int, ...]
 
 
-def some(shape: tuple[int, ...]) -> Leaf:
-    values = torch.from_numpy(np.random.default_rng(sum(shape)).uniform(0.5, 2, shape).astype("f4"))
-    return Leaf.of("some", values if shape else values.reshape(()))
+def some(shape: Shape) -> Leaf:
+    values = np.random.default_rng(sum(shape)).uniform(0.5, 2, shape).astype("f4")
+    return Leaf.of("some", torch.from_numpy(np.asarray(values)))
 
 
 @st.composite
-def deltas_of_any_shape(draw: st.DrawFn, depth: int = 0) -> Kind:
-    shape = draw(SHAPES)
+def deltas_for(draw: st.DrawFn, shape: Shape, depth: int = 0) -> Kind:
+    """A delta that fits a weight of this shape, in most cases."""
+    if draw(st.integers(0, 9)) == 0:
+        shape = draw(SHAPES)
     sort = draw(st.sampled_from(["low rank", "dense", "renormed", "replace", "rows"]))
-    if sort in ("low rank", "renormed"):
-        if len(shape) < 2:
-            shape = (2, 2)
+    if sort in ("low rank", "renormed") and len(shape) >= 2:
         pair = LowRank(some((2, *shape[1:])), some((shape[0], 2, *[1] * len(shape[2:]))), 0.5)
         return pair if sort == "low rank" else Renormed(pair, some(shape[:1]))
     if sort == "dense":
         return Dense(some(shape))
     then = None
     if depth < 2 and draw(st.booleans()):
-        inner = draw(deltas_of_any_shape(depth=depth + 1))
+        inner = draw(deltas_for(shape, depth=depth + 1))
         then = None if isinstance(inner, Dense) else inner
-    if sort == "replace" or not shape:
-        return Replace(some(shape), None, then)
-    rows = draw(st.lists(st.integers(0, 4), min_size=shape[0], max_size=shape[0], unique=True))
-    return Replace(some(shape), tuple(rows), then)
+    if sort != "rows" or not shape:
+        grown = (shape[0] + draw(st.integers(0, 1)), *shape[1:]) if shape else ()
+        return Replace(some(grown), None, then)
+    most = shape[0] if draw(st.booleans()) else shape[0] - 1
+    rows = draw(st.lists(st.integers(0, max(most, 0)), max_size=3, unique=True))
+    return Replace(some((len(rows), *shape[1:])), tuple(rows), then)
 
 
-def in_memory(tensors: dict[str, tuple[int, ...]], config: dict[str, object]) -> Base:
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[list[dict[str, Kind]], dict[str, Shape]]:
+    """Some adapters, and the shapes of a base that most of their deltas fit."""
+    shapes = {n: draw(SHAPES) for n in NAMES}
+    there = draw(st.lists(st.sampled_from(NAMES), min_size=1, unique=True))
+    names = st.lists(st.sampled_from([*there, *there, *NAMES]), min_size=1, max_size=3)
+    adapters = [
+        {n: draw(deltas_for(shapes[n])) for n in draw(names)}
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    return adapters, {n: shapes[n] for n in there}
+
+
+def in_memory(tensors: dict[str, Shape], config: dict[str, object]) -> Base:
     held = {n: some(s) for n, s in tensors.items()}
-    return Base(
-        Bundle("memory", (), lambda n: pytest.fail(n)), (Shard("s", held, {}, ""),), held, config
+    none = Bundle("memory", (), lambda name: pytest.fail(name))
+    return Base(none, (Shard("s", held, {}, ""),), held, config)
+
+
+def carried_out(plan: Plan, *, waived: bool) -> Counter[str]:
+    """Folds all targets of a plan, if it may be; the codes that stop it."""
+    stopped = Counter(
+        p.code for p in plan.problems if p.severity == "error" and not (waived and p.waivable)
     )
-
-
-@settings(max_examples=400)
-@given(
-    adapters=st.lists(st.dictionaries(NAMES, deltas_of_any_shape(), max_size=4), min_size=1, max_size=3),
-    tensors=st.dictionaries(NAMES, SHAPES, max_size=6),
-    config=st.sampled_from([{}, {"model_type": "gpt2"}, {"tie_word_embeddings": True},
-                            {"tie_word_embeddings": False}]),
-    ties=st.sampled_from([None, "tied", "untied"]),
-    turned=st.booleans(),
-    allowed=st.booleans(),
-)  # fmt: skip
-def test_a_plan_without_errors_can_be_carried_out(adapters, tensors, config, ties, turned, allowed):
-    """Binding never fails itself, and folding never meets a shape that binding let through."""
-    there = in_memory(tensors, config)
-    some_turned = frozenset({"model.embed_tokens.weight"} if turned else ())
-    given_ = [replace(adapter(d), transposed=some_turned) for d in adapters]
-    plan = bind(given_, there, weights=[0.5 + i for i in range(len(given_))], ties=ties)
-    stopped = [p for p in plan.problems if p.severity == "error"]
-    if allowed:
-        stopped = [p for p in stopped if not p.waivable]
-    if stopped:
-        return
-    for name, target in plan.targets.items():
+    for name, target in plan.targets.items() if not stopped else ():
         if not target.terms:
             continue
         start = None if target.base is None else target.base.tensor()
-        folded_, _ = fold_tensor(target, start, dtype=torch.float64)
-        assert folded_.shape == target.shape, name
-        if len(target.terms) == 1 and target.base is not None and target.shape == target.base.shape:
-            term = target.terms[0]
-            if not term.place.transposed:
-                w0 = exact(target.base.tensor())
-                wanted = w0 + term.weight * (folded(term.delta, w0) - w0)
-                assert np.allclose(folded_.numpy(), wanted, atol=1e-12)
+        found, _ = fold_tensor(target, start, dtype=torch.float64)
+        assert found.shape == target.shape, name
+        if waived or target.base is None or target.shape != target.base.shape:
+            continue
+        if not any(t.place.transposed for t in target.terms):
+            w0 = exact(target.base.tensor())
+            updates = [t.weight * (folded(t.delta, w0) - w0) for t in target.terms]
+            assert np.allclose(found.numpy(), w0 + sum(updates), atol=1e-11)
+    return stopped or Counter(["fits"])
 
 
-def test_the_random_plans_are_of_many_sorts():
-    """The test above is worth something only if many plans are carried out, and many refused."""
+def test_a_plan_without_errors_can_be_carried_out():
+    """Binding never fails itself, and folding never meets a shape that binding let through."""
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=400)
+    @settings(max_examples=250)
     @given(
-        deltas=st.dictionaries(NAMES, deltas_of_any_shape(), min_size=1, max_size=2),
-        tensors=st.dictionaries(NAMES, SHAPES, min_size=2, max_size=6),
+        world=worlds(),
+        config=st.sampled_from(
+            [{"tie_word_embeddings": False}, {"tie_word_embeddings": True}, {}, {**GPT2}]
+        ),
+        ties=st.sampled_from([None, "tied", "untied"]),
+        turned=st.booleans(),
     )
-    def count(deltas, tensors):
-        plan = bind([adapter(deltas)], in_memory(tensors, {}))
-        seen.update({p.code for p in plan.problems if p.severity == "error"} or {"fits"})
+    def check(world, config, ties, turned):
+        given_, tensors = world
+        names = frozenset({"model.embed_tokens.weight"} if turned else ())
+        adapters = [replace(adapter(d), transposed=names) for d in given_]
+        weights = [0.5 + i for i in range(len(adapters))]
+        plan = bind(adapters, in_memory(tensors, config), weights=weights, ties=ties)
+        seen.update(carried_out(plan, waived=False))
+        carried_out(plan, waived=True)
 
-    count()
-    assert seen["fits"] > 40
-    assert {"shape_mismatch", "unmatched", "vocabulary", "tied"} <= set(seen)
+    check()
+    # Worth something only if many plans are carried out and many are refused.
+    assert seen["fits"] > 60
+    assert {"shape_mismatch", "unmatched", "vocabulary", "tied", "head_conflict"} <= set(seen)

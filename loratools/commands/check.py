@@ -39,9 +39,7 @@ class CheckResult:
             "total": self.total,
             "problems": [as_json(p) for p in self.problems],
             "waived": [as_json(p) for p in self.waived],
-            "prefixes": [str(p) for p in self.plan.prefixes if p]
-            if self.plan
-            else [],
+            "prefixes": [str(p) for p in self.plan.prefixes if p] if self.plan else [],
         }
 
 

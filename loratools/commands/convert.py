@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from loratools import receipt
-from loratools.adapter import Adapter, Kind, LowRank, Renormed, leaves
+from loratools.adapter import Adapter, Dense, Kind, LowRank, Renormed, Replace, leaves
 from loratools.commands.check import fit, load_all
 from loratools.commands.inspect import as_json
 from loratools.commands.judging import Choice, judge
@@ -199,16 +199,23 @@ def _norm_squared(delta: Kind) -> float:
 
     if isinstance(delta, LowRank):
         return float(singular_values(delta).square().sum())
+    if isinstance(delta, Dense):
+        return delta.scaling**2 * float(widen(delta.diff).square().sum())
+    if isinstance(delta, Replace) and delta.then is not None:  # upon a copy of the base's weight
+        return _norm_squared(delta.then)
     return sum(float(widen(leaf).square().sum()) for leaf in leaves(delta))
 
 
 def _distance_squared(old: Kind, new: Kind) -> float:
-    from loratools.algebra import add, scaled, widen
+    from loratools.algebra import Additive, add, scaled, widen
 
     if old is new:
         return 0.0
+    if isinstance(old, Replace) and isinstance(new, Replace) and old.then and new.then:
+        values = _distance_squared(replace(old, then=None), replace(new, then=None))
+        return values + _distance_squared(old.then, new.then)
     pairs = [(widen(a), widen(b)) for a, b in zip(leaves(old), leaves(new), strict=True)]
-    if isinstance(old, LowRank) and isinstance(new, LowRank):
+    if isinstance(old, Additive) and isinstance(new, Additive):
         same = old.scaling == new.scaling and all(a.equal(b) for a, b in pairs)
         return 0.0 if same else _norm_squared(add([old, scaled(new, -1.0)]))
     return sum(float((a - b).square().sum()) for a, b in pairs)

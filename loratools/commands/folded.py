@@ -12,7 +12,7 @@ from loratools.commands.companions import Companions, plan_companions
 from loratools.commands.inspect import as_json, human, pair
 from loratools.commands.judging import judge
 from loratools.commands.merge import MergeResult, Progress
-from loratools.commands.numbers import KEPT, pooled, sampled
+from loratools.commands.numbers import KEPT, lost, pooled, sampled, survives
 from loratools.errors import Problem
 from loratools.folding import Cut, Tally, choose_device
 from loratools.plan import Plan
@@ -128,11 +128,10 @@ def fold(
     result.groups = groups(plan, by_target, sample.tallies)
     result.continued = streamed.continued
     result.weaker = output.weaker
-    if result.update_kept is not None and result.update_kept < KEPT:
+    if lost(result.update_kept, KEPT):
         said = any(p.code == "loss" for p in result.problems)
-        kept = f"{result.update_kept:.0%} of the update survived rounding"
         if not said:
-            result.problems += (Problem("loss", kept, "warning"),)
+            result.problems += (Problem("loss", survives(result.update_kept), "warning"),)
     return result
 
 

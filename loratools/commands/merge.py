@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from loratools import receipt
-from loratools.adapter import Adapter, Kind, Leaf, LowRank
+from loratools.adapter import FLOATS, Adapter, Kind, Leaf, LowRank
 from loratools.commands.check import fit, load_all, ties_from
 from loratools.commands.inspect import as_json, human
 from loratools.commands.judging import judge, weights_for
@@ -307,6 +307,8 @@ def rounded(delta: Kind, dtype: str) -> Kind:
     from loratools.narrowing import narrow
 
     def narrowed(leaf: Leaf) -> Leaf:
+        if leaf.dtype not in FLOATS:
+            return leaf
         wide = widen(leaf)
         out = narrow(wide, torch_dtype(dtype))
         if not bool(out.isfinite().all()) and bool(wide.isfinite().all()):

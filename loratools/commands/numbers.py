@@ -12,7 +12,7 @@ from loratools.errors import Problem, Severity, shown
 from loratools.folding import Cut, Tally, fold_sample, torch_dtype
 from loratools.plan import Plan
 
-KEPT = 0.9  # below this share of the update a fold warns
+KEPT = 0.9  # below this share of the update a fold warns, and as far above 1
 ALREADY = (0.8, 1.2)  # projections of W0 on ΔW between these look like an adapter folded before
 
 
@@ -56,6 +56,18 @@ class Sampled:
         return pooled(self.tallies.values())
 
 
+def lost(kept: float | None, wanted: float) -> bool:
+    """Whether rounding keeps less of an update than wanted; far above 1 it drowns in the noise."""
+    return kept is not None and not wanted <= kept <= 2 - wanted
+
+
+def survives(kept: float | None) -> str:
+    """What rounding leaves of an update, in words."""
+    if kept is not None and kept > 1:
+        return f"the update drowns in rounding (it measures {kept:.0%} of itself)"
+    return f"{kept or 0:.0%} of the update survives rounding"
+
+
 def pooled(tallies: Iterable[Tally]) -> float | None:
     """`update_kept` over several targets together."""
     found = list(tallies)
@@ -75,16 +87,16 @@ def sampled(
     for name, target in plan.targets.items():
         if target.base is None or not target.terms:
             continue
-        kept = dtype if dtype and target.base.dtype in FLOATS else target.base.dtype
-        tallies[name] = fold_sample(target, dtype=torch_dtype(kept), cut=cut)
+        out = dtype if dtype and target.base.dtype in FLOATS else target.base.dtype
+        tallies[name] = fold_sample(target, dtype=torch_dtype(out), cut=cut)
     problems = [*_zeros(plan, tallies), *_too_large(plan, tallies), *_there_already(tallies)]
     kept = pooled(tallies.values())
-    if kept is not None and kept < (KEPT if min_kept is None else min_kept):
+    if lost(kept, KEPT if min_kept is None else min_kept):
         severity = "warning" if min_kept is None else "error"
         problems.append(
             Problem(
                 "loss",
-                f"in {dtype or 'the base dtype'} about {kept:.0%} of the update survives rounding",
+                f"in {dtype or 'the base dtype'} {survives(kept)}",
                 severity,  # type: ignore[arg-type]
                 remedy="--dtype fp32 keeps all of it",
             )

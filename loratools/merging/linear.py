@@ -74,7 +74,9 @@ def _replaced(
                 "needs_base",
                 f"replaced weights with weights that sum to {total:g}: the rest is a part of W0",
             )
-        value = held(torch.stack([w * widen(d.value) for w, d in deltas]).sum(0))
+        mean = torch.stack([w * widen(d.value) for w, d in deltas]).sum(0)
+        kind = value.tensor().dtype  # a BatchNorm's counter stays a whole number
+        value = held(mean if kind.is_floating_point else mean.round().to(kind))
     rows = [(w, d) for w, d in upon if isinstance(d, Replace)]
     pairs = [*((w, d) for w, d in upon if isinstance(d, Additive)), *additive]
     if rows and not pairs and len(rows) == len(upon) and value is first.value:
@@ -93,7 +95,7 @@ def _equal(one: Leaf, other: Leaf) -> bool:
 
 def _rows(deltas: Sequence[tuple[float, Replace]], weight: Leaf | None = None) -> Replace:
     """V + Σ w_i (rows_i − V) in every row that some delta has; without V, Σw = 1 in each row."""
-    at = {row: i for i, row in enumerate(sorted({r for _, d in deltas for r in d.rows or ()}))}
+    at = {r: i for i, r in enumerate(dict.fromkeys(r for _, d in deltas for r in d.rows or ()))}
     old = torch.zeros(len(at), *deltas[0][1].value.shape[1:], dtype=torch.float64)
     if weight is not None:
         old += weight.tensor()[list(at)]

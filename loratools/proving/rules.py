@@ -80,6 +80,8 @@ class Rule:
     order: Order = "chained"
 
     def __str__(self) -> str:
+        if self == EXACT:
+            return "once from float64"
         if self.factors.itemsize < 4:
             said = f"factors{' and their product' if self.product_first else ''} in "
             said += _name(self.factors) + (
@@ -100,7 +102,7 @@ class Rule:
         )
 
 
-EXACT = Rule(F64, F64)  # ours: the float64 sum, rounded once
+EXACT = Rule(F64, F64, order="summed")  # ours: the float64 sum, rounded once
 
 
 def _name(dtype: torch.dtype) -> str:

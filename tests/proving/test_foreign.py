@@ -101,7 +101,12 @@ CASES = {
     "widened": ("llama", [SOME], {"dtype": F32}, ONCE),
 }
 # In float32 a delta is rounded as the weight is, and in float64 by no other rule than ours.
-DTYPES = {F32: set(CASES), BF16: set(CASES), F16: {"one", "safe", "dora", "factors"}, F64: {"one"}}
+DTYPES = {
+    F32: set(CASES),
+    BF16: set(CASES),
+    F16: {"one", "safe", "dora", "factors"},
+    F64: {"one", "doras-in-sequence"},
+}
 
 
 @pytest.mark.parametrize(
