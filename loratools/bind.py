@@ -200,9 +200,8 @@ def _shape_fits(one: _Binding, target: str, delta: Kind, leaf: Leaf, transposed:
         free = delta.rows is not None or is_vocabulary  # in its number of rows
         if shape == stored or (free and shape and stored and shape[1:] == stored[1:]):
             return _then_fits(one, target, delta, leaf, transposed)
-    elif _without_ones(shape) == _without_ones(stored):
-        if not (transposed and len(shape) > 2):  # only a matrix can be transposed
-            return True
+    elif _without_ones(shape) == _without_ones(stored) and not (transposed and len(shape) > 2):
+        return True
     if len(shape) == len(stored) > 2 and (shape[0], *shape[2:]) == (stored[0], *stored[2:]):
         grouped, rest = divmod(shape[1], stored[1]) if stored[1] else (0, 0)
         if grouped > 1 and not rest:

@@ -64,7 +64,8 @@ ONLY_IN = {
 # Rooms and files that do maths and may import torch at once; the others import them when needed.
 MATHEMATICAL = set(
     "algebra kinds narrowing rewriting truncating merging folding streaming proving "
-    "exporting commands/numbers.py commands/folded.py commands/replayed.py commands/again.py".split()
+    "exporting commands/numbers.py commands/folded.py commands/replayed.py "
+    "commands/again.py".split()
 )
 NO_TORCH = {"errors", "names", "plan", "vocabulary", "bind", "cli"}  # not even inside a function
 UNFINISHED = r"TODO|FIXME|XXX|NotImplementedError|not (yet )?(implemented|supported yet)"

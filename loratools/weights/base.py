@@ -104,6 +104,8 @@ class Base:
         if embedding is None:
             return None
         stored = [n for n in self.tensors if n.removesuffix(".weight") in HEADS]
+        if stored and self.tensors[stored[0]].shape != self.tensors[embedding].shape:
+            return None  # whatever its config says
         said = text_config(self.config).get("tie_word_embeddings")
         if said is None:
             said = self.config.get("tie_word_embeddings", not stored)

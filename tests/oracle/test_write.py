@@ -52,3 +52,18 @@ def test_fields_that_nobody_knows_and_metadata_are_kept(base, adapter, tmp_path)
     assert list(contents(result.output)[1].items()) == list((more | config).items())
     with safe_open(result.output / "adapter_model.safetensors", "pt") as file:
         assert file.metadata()["trained_by"] == "me"
+
+
+@pytest.mark.parametrize("case", ["embedding", "lora-bias", "head-saved", "net-attention"])
+def test_a_lower_rank_loads_and_its_error_is_the_one_told(case, base, adapter, tmp_path):
+    name, options = CASES[case]
+    made = adapter(name, **options)
+    [result] = convert(made, out=tmp_path / "written", rank=2, dtype="fp64", hash="none")
+    models.served(name, base(name), result.output)
+    before = models.updates(name, base(name), made)
+    after = models.updates(name, base(name), result.output)
+    matrices = {k for k, t in before.items() if t.ndim > 1}
+    apart = models.distance({k: after[k] for k in matrices}, {k: before[k] for k in matrices})
+    assert result.truncation_error == pytest.approx(apart, rel=1e-6)
+    if "lm_head" not in options.get("modules_to_save", ()):
+        assert result.difference == pytest.approx(models.distance(after, before), rel=1e-6)

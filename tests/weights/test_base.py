@@ -380,6 +380,11 @@ def test_a_component_may_be_the_one_with_conv1d():
         assert not base({"x": [1]}, {**config, "decoder": {"model_type": other}}).is_conv1d
 
 
+def test_a_head_of_another_shape_shares_nothing():
+    there = base({EMBED: [5, 4], HEAD: [6, 4]}, {"tie_word_embeddings": True})
+    assert there.tied() is None
+
+
 def test_a_base_on_disk_has_the_name_that_was_typed(tmp_path: Path, monkeypatch):
     (tmp_path / "m.safetensors").write_bytes(file_of({"x": tensor(1, 2)}))
     monkeypatch.chdir(tmp_path)
