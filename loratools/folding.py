@@ -33,9 +33,8 @@ from loratools.plan import Plan, Target
 from loratools.rewriting import as_stored
 from loratools.truncating import truncate
 
-TILE = (
-    1 << 16
-)  # elements a CPU tile has at most, but for rows longer than that: fits a core's cache
+# Elements of a CPU tile: few enough for the caches of a core, enough that Python's share is small.
+TILE = 1 << 18
 DEVICE_TILE = 1 << 24  # a GPU wants work in larger portions
 ARITHMETIC_BOUND = 256  # total rank above which a GPU gains more than the bus costs
 

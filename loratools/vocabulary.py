@@ -20,10 +20,8 @@ def is_head(target: str) -> bool:
 
 
 def trained_rows(delta: Kind | None) -> tuple[int, ...]:
-    """The rows that a delta replaces one by one, upon a whole replacement too."""
-    if not isinstance(delta, Replace):
-        return ()
-    return trained_rows(delta.then) if delta.rows is None else delta.rows
+    """The rows that a delta replaces one by one, upon other replacements too."""
+    return (delta.rows or ()) + trained_rows(delta.then) if isinstance(delta, Replace) else ()
 
 
 def output_shape(
@@ -128,30 +126,19 @@ def _turned(leaf: Leaf) -> bytes:
 
 def one_vocabulary(targets: Mapping[str, Target], base: Base, problems: list[Problem]) -> None:
     """A resized embedding needs its head resized alike, where the head is a tensor of its own."""
-    rows = {
-        n: t.shape[0]
-        for n, t in targets.items()
-        if t.base is not None and t.shape[:1] != t.base.shape[:1]
-    }
-    vocabulary = [n for n in base.tensors if last(n) in EMBEDDINGS or is_head(n)]
-    for name, count in rows.items():
-        before = targets[name].base
-        others = {
-            n: (targets[n].shape[0] if n in targets else base.tensors[n].shape[0])
-            for n in vocabulary
-            if before is not None and base.tensors[n].shape[:1] == before.shape[:1]
-        }
-        unlike = {n: c for n, c in others.items() if c != count}
-        if unlike:
-            other, size = next(iter(unlike.items()))
-            message = f"{shown(name)} would have {count} rows and {shown(other)} {size}"
+    stored = {**base.tensors, **{n: t.base for n, t in targets.items() if t.base is not None}}
+    rows = {n: (targets[n].shape if n in targets else leaf.shape)[:1] for n, leaf in stored.items()}
+    vocabulary = [n for n in stored if last(n) in EMBEDDINGS or is_head(n)]
+    for name in targets:
+        if name not in stored or rows[name] == stored[name].shape[:1]:
+            continue
+        count = rows[name][0]
+        alike = [n for n in vocabulary if stored[n].shape[:1] == stored[name].shape[:1]]
+        unlike = next((n for n in alike if rows[n] != rows[name]), None)
+        if unlike is not None:
+            size = rows[unlike][0]
+            message = f"{shown(name)} would have {count} rows and {shown(unlike)} {size}"
             problems.append(Problem("vocabulary", message, target=name))
             return
-        problems.append(
-            Problem(
-                "vocabulary",
-                f"{shown(name)} changes to {count} rows; config.json follows",
-                "note",
-                target=name,
-            )
-        )
+        message = f"{shown(name)} changes to {count} rows; config.json follows"
+        problems.append(Problem("vocabulary", message, "note", target=name))

@@ -590,7 +590,8 @@ def deltas_for(draw: st.DrawFn, shape: Shape, depth: int = 0) -> Kind:
     then = None
     if depth < 2 and draw(st.booleans()):
         inner = draw(deltas_for(shape, depth=depth + 1))
-        then = None if isinstance(inner, Dense) else inner
+        pointless = isinstance(inner, Replace) and inner.rows is None
+        then = None if isinstance(inner, Dense) or pointless else inner
     if sort != "rows" or not shape:
         grown = (shape[0] + draw(st.integers(0, 1)), *shape[1:]) if shape else ()
         return Replace(some(grown), None, then)
@@ -663,4 +664,4 @@ def test_a_plan_without_errors_can_be_carried_out():
     check()
     # Worth something only if many plans are carried out and many are refused.
     assert seen["fits"] > 60
-    assert {"shape_mismatch", "unmatched", "vocabulary", "tied", "head_conflict"} <= set(seen)
+    assert {"shape_mismatch", "unmatched", "vocabulary", "tied"} <= set(seen)

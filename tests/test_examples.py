@@ -31,9 +31,10 @@ def test_the_committed_adapters_are_small_and_name_no_path_of_this_machine():
     for folder in ("docstrings", "prose"):
         files = list((ADAPTERS / folder).iterdir())
         assert sum(f.stat().st_size for f in files) < 400_000
-        assert '"sentence-transformers/all-MiniLM-L6-v2"' in (
-            ADAPTERS / folder / "adapter_config.json"
-        ).read_text()
+        assert (
+            '"sentence-transformers/all-MiniLM-L6-v2"'
+            in (ADAPTERS / folder / "adapter_config.json").read_text()
+        )
 
 
 def test_the_prose_adapter_scores_what_its_page_says():

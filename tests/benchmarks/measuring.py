@@ -57,8 +57,9 @@ def child(code: str, *arguments: object) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     script = code + (
-        "\nimport resource, json\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "\nimport json, re\nfrom pathlib import Path\n"
+        # ru_maxrss would be what the parent had before it became this process
+        "peak = int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
         "print(json.dumps({**globals().get('RESULT', {}), 'peak_mib': peak}))\n"
     )
     done = subprocess.run(

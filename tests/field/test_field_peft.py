@@ -101,6 +101,14 @@ def test_a_real_model_tells_its_story_after_there_and_back(field_data, tmp_path)
     assert tell(tmp_path / "there", story) != story["greedy_ids"]
     merge([made, made], base, weights=[1, -1], out=tmp_path / "none")
     models.same_tensors(load_file(tmp_path / "none" / "model.safetensors"), before)
+    # Made again from its receipt, beside which the inputs lie: the same bytes, the same story.
+    merge(
+        [], tmp_path / "there", recipe=tmp_path / "back" / "loratools.json", out=tmp_path / "again"
+    )
+    for name in ("model.safetensors", "loratools.json"):
+        again = (tmp_path / "again" / name).read_bytes()
+        assert again == (tmp_path / "back" / name).read_bytes()
+    assert tell(tmp_path / "again", story) == story["greedy_ids"]
 
 
 def train(base: Path, ids: list[int], folder: Path) -> None:
