@@ -31,7 +31,6 @@ def narrow(values: Tensor, dtype: torch.dtype, room: Room = fresh) -> Tensor:
         return values.round().to(dtype)
     if dtype in (torch.float64, torch.float32):
         return values.to(dtype, copy=True)  # the caller may go on computing in `values`
-    values = values.contiguous()
     single = room("single", values, torch.float32).copy_(values)
     if dtype == torch.float8_e4m3fn:  # without infinity; torch would make its largest number of it
         single.masked_fill_(values.abs() > _E4M3_END, torch.nan)
@@ -78,5 +77,5 @@ def _to_odd(values: Tensor) -> Tensor:
     back = single.to(torch.float64)
     bits = single.view(torch.int32).clone()
     bits -= (back.abs() > values.abs()).to(torch.int32)
-    bits |= (back != values).to(torch.int32) * values.isfinite().to(torch.int32)
+    bits |= (back != values).to(torch.int32)
     return bits.view(torch.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loratools.adapter import TORCH_NAMES, Adapter, Kind, Leaf, Place
+from loratools.adapter import TORCH_NAMES, Adapter, Dense, Kind, Leaf, Place, Renormed, Replace
 from loratools.bind import bind
 from loratools.folding import Cut
 from loratools.plan import Plan, Target, Term
@@ -17,6 +17,7 @@ from loratools.streaming import Streamed, stream
 from loratools.weights.base import Base, headers
 from loratools.weights.layout import OutputShard, plan_shards
 from loratools.weights.publishing import publish
+from tests.examples_of_deltas import leaf, lengths, pair
 
 NAMES = {getattr(torch, torch_name): name for name, torch_name in TORCH_NAMES.items()}
 INDEX = "model.safetensors.index.json"
@@ -136,3 +137,48 @@ def array(seed: int, *shape: int) -> np.ndarray:
 
 def tensor(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.from_numpy(np.asarray(array(seed, *shape))).to(dtype)
+
+
+# ------------------------------------------------------------------------------- all in one
+
+
+BF16 = torch.bfloat16
+UNTIED = {"tie_word_embeddings": False}
+
+
+def everything() -> dict[str, torch.Tensor]:
+    """Weights of every sort, touched or not."""
+    return {
+        "embed_tokens.weight": tensor(1, 11, 4, dtype=BF16),
+        "layers.0.q.weight": tensor(2, 6, 4, dtype=BF16),
+        "layers.0.q.bias": tensor(3, 6),
+        "layers.0.mask": torch.tensor([True, False, True]),
+        "layers.0.count": torch.tensor(2**53 + 1),
+        "layers.0.k.weight": tensor(4, 6, 4, dtype=torch.float16),
+        "layers.1.q.weight": tensor(5, 700, 300, dtype=BF16),
+        "layers.1.empty": torch.empty(0, 4),
+        "layers.1.narrow": torch.empty(4, 0),
+        "layers.1.k.weight": tensor(6, 6, 4, dtype=torch.float8_e4m3fn),
+        "layers.1.scale": tensor(7),
+        "layers.1.bytes": torch.arange(5, dtype=torch.uint8),
+        "norm.weight": tensor(8, 4, dtype=torch.float64),
+        "head.weight": tensor(9, 3, 4),
+    }
+
+
+DELTAS = {
+    "embed_tokens.weight": Replace(leaf(11, 13, 4)),
+    "layers.0.q.weight": pair(12, (6, 4)),
+    "layers.0.q.bias": Dense(leaf(13, 6), 0.5),
+    "layers.1.q.weight": Renormed(pair(14, (700, 300), rank=8), lengths(15, 700)),
+    "layers.1.k.weight": pair(16, (6, 4), scaling=0.5),
+}
+
+
+def split(tensors: Mapping[str, torch.Tensor], count: int) -> list[dict[str, torch.Tensor]]:
+    names = list(tensors)
+    return [{n: tensors[n] for n in names[i::count]} for i in range(count)]
+
+
+def base_in(folder: Path, shards: int = 3) -> Path:
+    return model(folder, *split(everything(), shards), config=UNTIED)

@@ -183,6 +183,14 @@ def test_the_sum_of_deltas_is_the_sum_of_updates(group):
         assert algebra.shape(total) == group[0].w0.shape
 
 
+def test_a_linear_layer_and_a_1x1_convolution_are_one_matrix():
+    flat, square = pair(1), diff(3, 6, 5, 1, 1)
+    wanted = folded(flat, np.zeros(SHAPE)) + folded(square, np.zeros((6, 5, 1, 1)))[:, :, 0, 0]
+    for deltas in ([flat, square], [square, flat], [pair(1, (6, 5, 1, 1)), square]):
+        total = algebra.materialise(algebra.add(deltas))
+        close(total.reshape(SHAPE), wanted)
+
+
 def test_the_sum_of_one_is_itself():
     assert algebra.add([PAIR]) is PAIR
 

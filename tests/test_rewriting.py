@@ -202,6 +202,7 @@ def test_a_stack_changes_every_part_as_its_own_delta_does(name):
         [NORMED_IN, NORMED_IN],
         [Replace(leaf(1, *SHAPE)), Replace(leaf(2, 2, 5), rows=(0, 1))],
         [Replace(leaf(1, *SHAPE), then=PAIR), Replace(leaf(1, *SHAPE))],
+        [Replace(leaf(1, *SHAPE)), Replace(leaf(1, *SHAPE), then=PAIR)],
         [Replace(leaf(1, *SHAPE)), PAIR],
         [PAIR, pair(1, (6, 4))],
         [diff(1, 6, 5), diff(2, 6, 4)],

@@ -191,6 +191,13 @@ def test_sides_that_do_not_agree_are_asked_about(number):
     assert codes(bind([trained(disagreeing()[number])], ONE)) == ["tied"]
 
 
+def test_the_same_numbers_of_different_weight_do_not_agree():
+    both = agreeing(1)[0]
+    sides = [trained({n: d}) for n, d in both.items()]
+    assert codes(bind(sides, ONE, weights=[0.5, 0.5])) == []
+    assert codes(bind(sides, ONE, weights=[0.5, 2.0])) == ["tied"]
+
+
 def test_an_adapter_of_one_side_beside_one_of_both_is_asked_about():
     both, one = agreeing(1)[1], {EMBED: embedding_lora(9)}
     assert codes(bind([trained(both), trained(one)], ONE)) == ["tied"]

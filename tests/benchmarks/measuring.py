@@ -58,8 +58,9 @@ def child(code: str, *arguments: object) -> dict[str, float]:
     start = time.perf_counter()
     script = code + (
         "\nimport json, re\nfrom pathlib import Path\n"
-        # ru_maxrss would be what the parent had before it became this process
-        "peak = int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
+        # not ru_maxrss, which begins with what the parent had
+        "status = Path('/proc/self/status').read_text()\n"
+        "peak = int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) / 1024\n"
         "print(json.dumps({**globals().get('RESULT', {}), 'peak_mib': peak}))\n"
     )
     done = subprocess.run(

@@ -23,7 +23,7 @@ from loratools.weights.layout import (
     plan_shards,
     runs,
 )
-from tests.bases import Tensors, base, bundle, described, shard, whole
+from tests.bases import Tensors, base, bundle, described, shard, unread, whole
 from tests.small_models import INDEX
 
 
@@ -183,6 +183,13 @@ def test_neighbours_are_copied_in_one_run():
     assert [(leaf.name, length) for leaf, _, length in joined] == [("a", 20), ("d", 12)]
     assert [at for _, at, _ in joined] == [one.pieces[0].offset, one.pieces[3].offset]
     assert runs(one.pieces, lambda p: False) == []
+
+
+def test_neighbours_of_two_files_are_no_neighbours():
+    first, second = (unread(n, 4) for n in ("a", "b"))
+    follows = replace(second, offset=first.nbytes)
+    pieces = [Piece("a", "F32", (4,), 80, first), Piece("b", "F32", (4,), 96, follows)]
+    assert runs(pieces, lambda p: True) == [(first, 80, 16), (follows, 96, 16)]
 
 
 @settings(max_examples=60)
