@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from loratools import algebra
 from loratools.adapter import Dense, Leaf, LowRank, Renormed, Replace, leaves
-from loratools.errors import LoratoolsError
 from tests.examples_of_deltas import (
     ADDITIVE,
     EXAMPLES,
@@ -29,6 +28,7 @@ from tests.examples_of_deltas import (
     pair,
 )
 from tests.floats import exact
+from tests.refusing import refused
 
 each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 each_additive = pytest.mark.parametrize("example", ADDITIVE, ids=lambda e: e.name)
@@ -51,14 +51,6 @@ def rows_of(w0: np.ndarray) -> torch.Tensor:
 def tiles_of(matrix: torch.Tensor, cuts: list[int]) -> list[tuple[int, torch.Tensor]]:
     edges = sorted({0, len(matrix), *(c % (len(matrix) + 1) for c in cuts)})
     return [(a, matrix[a:b]) for a, b in pairwise(edges)]
-
-
-def refused(code: str, call, *arguments) -> None:
-    with pytest.raises(LoratoolsError) as caught:
-        call(*arguments)
-    assert caught.value.code == code
-    assert len(caught.value.message) > 20
-    assert "\n" not in caught.value.message
 
 
 # ------------------------------------------------------------------------------- applying

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from loratools import folding
 from loratools.adapter import Dense, Leaf, LowRank, Renormed, Replace
-from loratools.errors import LoratoolsError
 from loratools.folding import Cut, fold_sample, fold_target, fold_tensor, leaf_rows, sample_rows
 from tests.examples_of_deltas import (
     EXAMPLES,
@@ -28,6 +27,7 @@ from tests.examples_of_deltas import (
     pair,
 )
 from tests.floats import FORMATS, exact
+from tests.refusing import refused
 from tests.small_models import raw, target, tensor
 
 each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
@@ -37,14 +37,7 @@ each_dtype = pytest.mark.parametrize("dtype", FORMATS, ids=lambda d: str(d)[6:])
 @pytest.fixture(params=[1 << 16, 7], ids=["one tile", "many tiles"])
 def grid(request, monkeypatch):
     monkeypatch.setattr(folding, "TILE", request.param)
-
-
-def refused(code: str, call, *arguments, **options) -> str:
-    with pytest.raises(LoratoolsError) as caught:
-        call(*arguments, **options)
-    assert caught.value.code == code
-    assert "\n" not in caught.value.message
-    return caught.value.message
+    monkeypatch.setattr(folding, "COUNTED", 1)
 
 
 def require_rounded_once(
@@ -92,6 +85,32 @@ def test_each_element_is_rounded_once(example, dtype, tile, monkeypatch):
     assert (found.dtype, found.shape) == (dtype, base.shape)
     require_rounded_once(found, wanted)
     assert tally.elements == base.numel()
+
+
+def test_every_fourth_tile_is_measured_and_every_tile_is_watched(monkeypatch):
+    monkeypatch.setattr(folding, "TILE", 8)
+    base = torch.from_numpy(numbers(5, 16, 8)).to(torch.float16)
+    delta = pair(3, (16, 8), rank=2)
+    one = target("w", Leaf.of("w", base), (16, 8), (1.0, delta))
+    found, tally = fold_tensor(one, base, dtype=torch.float16)
+    update = folded(delta, np.zeros((16, 8)))
+    changed = (found.double() - base.double()).numpy()
+    rows = slice(None, None, folding.COUNTED)  # a tile is one row here
+    assert tally.update == pytest.approx(float((update[rows] ** 2).sum()), rel=1e-9)
+    assert tally.kept == pytest.approx(float((changed[rows] * update[rows]).sum()), rel=1e-9)
+    assert tally.elements == 16 * 8
+    for row in range(16):
+        for bad in (torch.nan, torch.inf):
+            broken = base.clone()
+            broken[row, 3] = bad
+            one = target("w", Leaf.of("w", broken), (16, 8), (1.0, delta))
+            refused("nonfinite", fold_tensor, one, broken, dtype=torch.float16)
+        a = torch.ones(1, 8)
+        b = torch.zeros(16, 1)
+        b[row] = 70_000
+        large = LowRank(Leaf.of("a", a), Leaf.of("b", b), 1.0)
+        one = target("w", Leaf.of("w", base), (16, 8), (1.0, large))
+        refused("overflow", fold_tensor, one, base, dtype=torch.float16)
 
 
 @settings(max_examples=25)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from loratools import rewriting
 from loratools.adapter import Dense, Kind, LowRank, Renormed, Replace
-from loratools.errors import LoratoolsError
 from tests.examples_of_deltas import (
     EXAMPLES,
     NORMED,
@@ -24,6 +23,7 @@ from tests.examples_of_deltas import (
     numbers,
     pair,
 )
+from tests.refusing import refused
 
 each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 
@@ -31,14 +31,6 @@ each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 def close(found: np.ndarray, wanted: np.ndarray) -> None:
     assert found.shape == wanted.shape
     assert np.abs(found - wanted).max(initial=0) <= 1e-13 * max(1, np.abs(wanted).max(initial=0))
-
-
-def refused(call, *arguments) -> None:
-    with pytest.raises(LoratoolsError) as caught:
-        call(*arguments)
-    assert caught.value.code == "usage"
-    assert len(caught.value.message) > 20
-    assert "\n" not in caught.value.message
 
 
 def same(one: Kind, other: Kind) -> bool:
@@ -77,7 +69,7 @@ def column_norm(delta: Kind | None) -> bool:
 def test_the_transposed_delta_changes_the_transposed_weight(example):
     if example.w0.ndim != 2 or by_rows(example.delta):
         if "flat on" not in example.name:
-            refused(rewriting.transpose, example.delta)
+            refused("usage", rewriting.transpose, example.delta)
         return
     turned = rewriting.transpose(example.delta)
     close(folded(turned, example.w0.T), example.folded.T)
@@ -125,7 +117,7 @@ def test_a_column_norm_found_before_does_not_outlive_a_transposition():
 @given(cut=st.lists(st.integers(0, 6), min_size=2, max_size=2))
 def test_rows_of_a_delta_change_those_rows(example, cut):
     if by_rows(example.delta) or column_norm(example.delta) or not example.w0.ndim:
-        refused(rewriting.rows, example.delta, 0, 2)
+        refused("usage", rewriting.rows, example.delta, 0, 2)
         return
     start, stop = sorted(min(c, len(example.w0)) for c in cut)
     part = rewriting.rows(example.delta, start, stop)
@@ -136,7 +128,7 @@ def test_rows_of_a_delta_change_those_rows(example, cut):
 @each
 def test_a_permuted_delta_changes_the_permuted_weight(example):
     if by_rows(example.delta) or column_norm(example.delta) or not example.w0.ndim:
-        refused(rewriting.permute, example.delta, [1, 0])
+        refused("usage", rewriting.permute, example.delta, [1, 0])
         return
     order = np.random.default_rng(0).permutation(len(example.w0))
     mixed = rewriting.permute(example.delta, order.tolist())
@@ -147,7 +139,7 @@ def test_a_permuted_delta_changes_the_permuted_weight(example):
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5, 6]])
 def test_only_a_permutation_permutes(order):
-    refused(rewriting.permute, PAIR, order)
+    refused("usage", rewriting.permute, PAIR, order)
 
 
 # ------------------------------------------------------------------------------- stacking
@@ -211,4 +203,4 @@ def test_a_stack_changes_every_part_as_its_own_delta_does(name):
     ],
 )
 def test_what_has_no_common_form_is_not_stacked(parts):
-    refused(rewriting.stack, parts)
+    refused("usage", rewriting.stack, parts)

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +11,12 @@ import torch
 from safetensors import safe_open
 
 from loratools.adapter import Dense, Leaf
-from loratools.errors import LoratoolsError
 from loratools.folding import torch_dtype
 from loratools.weights.base import headers
 from loratools.weights.layout import index_json
 from tests.examples_of_deltas import folded, pair
 from tests.floats import FORMATS, exact
+from tests.refusing import refused
 from tests.small_models import (
     BF16,
     DELTAS,
@@ -38,15 +36,6 @@ from tests.small_models import (
     tensor,
     tensors_in,
 )
-
-
-def refused(code: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    with pytest.raises(LoratoolsError) as caught:
-        call(*arguments, **options)
-    assert caught.value.code == code
-    assert "\n" not in caught.value.message
-    return caught.value.message
-
 
 # ------------------------------------------------------------------------------- results
 

@@ -19,6 +19,7 @@ from loratools.streaming import is_whole, stream
 from loratools.weights.publishing import publish
 from tests.bases import shard as headed
 from tests.examples_of_deltas import pair
+from tests.refusing import refused
 from tests.small_models import (
     DELTAS,
     UNTIED,
@@ -35,14 +36,6 @@ from tests.small_models import (
 from tests.tiny import write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
-
-
-def refused(code: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    with pytest.raises(LoratoolsError) as caught:
-        call(*arguments, **options)
-    assert caught.value.code == code
-    assert "\n" not in caught.value.message
-    return caught.value.message
 
 
 class Stop(BaseException):

@@ -14,6 +14,7 @@ from loratools.adapter import Dense, Leaf, LowRank
 from loratools.errors import LoratoolsError
 from tests.examples_of_deltas import EXAMPLES, NORMED, PAIR, chosen, folded, leaf, numbers, pair
 from tests.floats import exact
+from tests.refusing import refused
 
 each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 LOW_RANK = chosen(lambda e: isinstance(e.delta, LowRank))
@@ -32,13 +33,6 @@ def sigma(matrix: np.ndarray) -> np.ndarray:
 
 def tail(values: np.ndarray, kept: int) -> float:
     return float(np.sum(values[kept:] ** 2))
-
-
-def refused(code: str, call, *arguments, **options) -> None:
-    with pytest.raises(LoratoolsError) as caught:
-        call(*arguments, **options)
-    assert caught.value.code == code
-    assert "\n" not in caught.value.message
 
 
 @each_pair

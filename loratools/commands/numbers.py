@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from loratools.adapter import FLOATS, Adapter, LowRank, leaves
+from loratools.adapter import FLOATS, Adapter, Leaf, LowRank, leaves
 from loratools.errors import Problem, Severity, shown
 from loratools.folding import Cut, Tally, fold_sample, torch_dtype
+from loratools.narrowing import not_finite
 from loratools.plan import Plan
 
 KEPT = 0.9  # below this share of the update a fold warns, and as far above 1
@@ -22,17 +24,16 @@ def adapter_numbers(adapters: Sequence[Adapter]) -> list[Problem]:
     for adapter in adapters:
         zero, pairs = [], 0
         for key, delta in adapter.deltas.items():
+            ranges = {leaf.name: _range(leaf) for leaf in leaves(delta)}
             for leaf in leaves(delta):
-                tensor = leaf.tensor()
-                bad = tensor.numel() - int(tensor.to(torch.float32).isfinite().sum())
-                if tensor.dtype == torch.float64:
-                    bad = tensor.numel() - int(tensor.isfinite().sum())
-                if bad:
-                    message = f"{shown(leaf.name)}: {bad} NaN or infinite values"
-                    problems.append(Problem("nonfinite", message, "error", adapter.name, key))
+                if all(math.isfinite(end) for end in ranges[leaf.name]):
+                    continue
+                bad = not_finite(leaf.tensor())
+                message = f"{shown(leaf.name)}: {bad} NaN or infinite values"
+                problems.append(Problem("nonfinite", message, "error", adapter.name, key))
             if isinstance(delta, LowRank):
                 pairs += 1
-                if not bool(delta.b.tensor().any()) or not bool(delta.a.tensor().any()):
+                if (0, 0) in (ranges[delta.a.name], ranges[delta.b.name]):
                     zero.append(key)
         if zero and len(zero) == pairs == len(adapter.deltas):
             message = f"all {pairs} pairs of {shown(adapter.name)} are zero: it was never trained"
@@ -41,6 +42,17 @@ def adapter_numbers(adapters: Sequence[Adapter]) -> list[Problem]:
             message = f"{len(zero)} of {pairs} pairs are zero, {shown(zero[0])} first"
             problems.append(Problem("no_effect", message, "warning", adapter.name, zero[0]))
     return problems
+
+
+def _range(leaf: Leaf) -> tuple[float, float]:
+    """The least and the greatest value; NaN where there is one, (1, 1) of no values at all."""
+    tensor = leaf.tensor()
+    if not tensor.numel():
+        return (1, 1)
+    if tensor.dtype.itemsize == 1:  # which torch does not compare
+        tensor = tensor.to(torch.float32)
+    least, most = torch.aminmax(tensor)
+    return (least.item(), most.item())
 
 
 @dataclass(frozen=True, slots=True)
