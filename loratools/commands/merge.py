@@ -304,14 +304,14 @@ def rounded(delta: Kind, dtype: str) -> Kind:
     """A delta with its tensors in a storage dtype, rounded once; `overflow` if one does not fit."""
     from loratools.algebra import held, map_leaves, widen
     from loratools.folding import torch_dtype
-    from loratools.narrowing import narrow
+    from loratools.narrowing import narrow, not_finite
 
     def narrowed(leaf: Leaf) -> Leaf:
         if leaf.dtype not in FLOATS:
             return leaf
         wide = widen(leaf)
         out = narrow(wide, torch_dtype(dtype))
-        if not bool(out.isfinite().all()) and bool(wide.isfinite().all()):
+        if not_finite(out) > not_finite(wide):
             raise error("overflow", f"{shown(leaf.name)} does not fit {dtype}; try --dtype fp32")
         return held(out, leaf.name)
 
