@@ -1,4 +1,4 @@
-"""The algebra of deltas in float64: apply, add, transpose, slice, stack, truncate; no files.
+"""The algebra of deltas in float64: apply, combine, add, materialise; no names, no files.
 
 Weights are matrices here: a tensor of shape (out, in, *kernel) is handled as (out, in * kernel).
 Leaves widen to float64 where they enter, in `widen`; where tensors live and how results are

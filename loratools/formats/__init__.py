@@ -8,6 +8,7 @@ from types import ModuleType
 
 from loratools.adapter import Adapter
 from loratools.containers.bundle import Bundle, folders, local
+from loratools.containers.looks import what_it_is
 from loratools.errors import error, shown
 from loratools.formats import peft
 
@@ -52,5 +53,6 @@ def looks_like(bundle: Bundle) -> str:
     if "adapter_config.json" in bundle:
         return "an adapter_config.json without the weights file beside it"
     if bundle.chosen is not None:
-        return "no adapter that loratools recognises"
+        source = bundle.open(bundle.chosen)
+        return what_it_is(source.read(0, min(64, source.size))) or "a file of some other sort"
     return f"no adapter among {len(bundle.names)} files"
