@@ -20,6 +20,7 @@ from loratools.weights.base import Base
 
 NAME = "loratools.json"
 LIMIT = 100_000_000  # bytes of a receipt: one line of 200 bytes for each tensor of a large model
+HASHES = {"full": True, "auto": None, "none": False}  # whole files; None: by their size
 FULL_HASH = 1_000_000_000  # outputs up to this size get a whole-file sha256 by default
 SAMPLES = 16  # places of a shard that a base's fingerprint looks at
 SAMPLE = 4096
@@ -111,18 +112,19 @@ def write(
     recipe: Mapping[str, Any],
     device: str,
     files: Iterable[str],
-    full: bool | None,
+    hash: str,
     known: Mapping[str, str] | None = None,
     name: str = NAME,
     **more: Any,
 ) -> None:
     """Write the receipt into the output's folder, after all its other files.
 
-    `full` asks for whole-file hashes (None: for outputs under 1 GB); `known` has those that were
-    computed while writing.
+    `hash` is a word of `HASHES` (auto: whole-file hashes for outputs under 1 GB); `known` has those
+    that were computed while writing.
     """
     listed = sorted(files)
     sizes = {f: (folder / f).stat().st_size for f in listed}
+    full = HASHES[hash]
     hashing = sum(sizes.values()) < FULL_HASH if full is None else full
     outputs: dict[str, Any] = {}
     for file in listed:

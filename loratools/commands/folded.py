@@ -112,7 +112,7 @@ def fold(
             recipe=recipe,
             device=str(where),
             files=files,
-            full={"full": True, "auto": None, "none": False}[hash],
+            hash=hash,
             name=f"{out.name}.{receipt.NAME}" if as_file else receipt.NAME,
             coverage={
                 "matched": list(plan.matched),

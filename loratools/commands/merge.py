@@ -373,7 +373,7 @@ def save_merged(
                 recipe=recipe,
                 device="cpu",
                 files=files,
-                full={"full": True, "auto": None, "none": False}[hash],
+                hash=hash,
                 known=written,
                 truncation={
                     "error": merged.truncation_error,
