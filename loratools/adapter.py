@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -53,7 +53,8 @@ class Leaf:
     """A tensor not yet read: its key, dtype and shape, and how to read it.
 
     Either `source` holds its bytes at `offset` (row-major, or with `strides` counted in
-    elements), or `held` is the torch tensor itself.
+    elements), or `held` is the torch tensor itself, or `made` makes it when it is asked for
+    (`loratools.views`).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Leaf:
     offset: int = 0
     strides: tuple[int, ...] | None = None
     held: Any = field(default=None, repr=False, compare=False)
+    made: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def numel(self) -> int:
@@ -77,7 +79,7 @@ class Leaf:
         if self.source is None:
             import torch
 
-            flat = self.held.detach().cpu().contiguous().reshape(-1)
+            flat = self.tensor().detach().cpu().contiguous().reshape(-1)
             flat = flat.as_strided(flat.shape, (1,))  # one element may have any stride
             return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
         if self.strides is None:
@@ -89,7 +91,7 @@ class Leaf:
         import torch
 
         if self.source is None:
-            held: torch.Tensor = self.held
+            held: torch.Tensor = self.held if self.made is None else self.made()
             return held
         if self.dtype not in TORCH_NAMES:
             raise error("dtype_unusable", f"{self.name} is {self.dtype}, which torch cannot hold")

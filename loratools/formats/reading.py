@@ -1,0 +1,158 @@
+"""What all readers share: pairs put together and judged, problems by the name of the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from loratools.adapter import FLOATS, Dense, Kind, Leaf, LowRank, Renormed
+from loratools.containers import safetensors, torch_zip
+from loratools.containers.bundle import Bundle
+from loratools.errors import Problem, Severity, error, shown
+
+# What other programs leave in names: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+USUAL = (1 / 1024, 64.0)  # scalings outside are warned of (design §5)
+
+
+@dataclass(slots=True)
+class Reading:
+    """One adapter being read: its deltas so far, and the problems that its files have."""
+
+    name: str
+    assume: Mapping[str, str] = field(default_factory=dict)
+    deltas: dict[str, Kind] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def problem(
+        self, code: str, message: str, target: str | None = None, severity: Severity = "error"
+    ) -> None:
+        """One more problem; the adapter's name is put to it."""
+        self.problems.append(Problem(code, message, severity, self.name, target))
+
+    def pair(
+        self,
+        module: str,
+        a: Leaf | None,
+        b: Leaf | None,
+        *,
+        alpha: float | None = None,
+        scaling: float | None = None,
+        magnitude: Leaf | None = None,
+        axis: str = "out",
+        bias: Leaf | None = None,
+        words: tuple[str, str] = ("lora_A", "lora_B"),
+    ) -> LowRank | None:
+        """Take in a module's pair: A (rank, in, *kernel), B (out, rank[, 1, ...]).
+
+        The scaling is `scaling`, or alpha/rank, or 1 where both are None. What does not fit
+        becomes a problem of the module, which is then left out. `bias` is added to the module's
+        bias, multiplied by the scaling.
+        """
+        down, up = words
+        if a is None or b is None:
+            if a is b:
+                self.problem("missing", f"{shown(module)} has neither {down} nor {up}", module)
+            else:
+                here, lost = (up, down) if a is None else (down, up)
+                self.problem("missing", f"{shown(module)} has {here} without {lost}", module)
+            return None
+        for leaf in (a, b, magnitude, bias):
+            if leaf is not None and leaf.dtype not in FLOATS:
+                raise error("dtype_unusable", f"{shown(leaf.name)} is {leaf.dtype}, not floats")
+        if not multiplies(a, b):
+            self.problem(
+                "shape_factors",
+                f"{shown(module)}: {down} is {a.shape}, {up} is {b.shape}; expected "
+                "(rank, in, ...) and (out, rank, ...) (an empty or flat factor is one part of a "
+                "sharded save)",
+                module,
+            )
+            return None
+        if scaling is None:
+            scaling = 1.0 if alpha is None else alpha / a.shape[0]
+        if not math.isfinite(scaling):
+            raise error("nonfinite", f"{shown(module)}: its scaling is {scaling}")
+        if scaling == 0:
+            message = f"{shown(module)}: alpha is 0, so its update is"
+            self.problem("no_effect", message, module, "warning")
+        elif not USUAL[0] <= abs(scaling) <= USUAL[1]:
+            message = f"{shown(module)}: scaling {scaling:g} at rank {a.shape[0]}"
+            self.problem("scaling_unusual", message, module, "warning")
+        found = LowRank(a, b, scaling, alpha)
+        key = f"{module}.weight"
+        self.deltas[key] = found
+        if magnitude is not None:
+            if magnitude.numel != (b.shape[0] if axis == "out" else math.prod(a.shape[1:2])):
+                self.problem(
+                    "shape_factors",
+                    f"{shown(module)}: {magnitude.numel} magnitudes for an update of "
+                    f"({b.shape[0]}, {a.shape[1]})",
+                    module,
+                )
+            else:
+                side = "out" if axis == "out" else "in"
+                self.deltas[key] = Renormed(found, magnitude, side)  # type: ignore[arg-type]
+        if bias is not None:
+            self.deltas[f"{module}.bias"] = Dense(bias, scaling)
+        return found
+
+    def number(self, key: str) -> float | None:
+        """A number given by `--assume key=`; a usage error where it is none."""
+        said = self.assume.get(key)
+        if said is None:
+            return None
+        try:
+            value = float(said)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise error("usage", f"--assume {key}={shown(said)}: expected a number")
+        return value
+
+    def unexplained(self, keys: Sequence[str]) -> None:
+        """Tensors that no rule of the format explains, each by name."""
+        for key in keys:
+            self.problem("unexplained", f"{shown(key)} is no tensor of this format", shown(key))
+
+    def settle(self) -> tuple[Problem, ...]:
+        """All problems at the end; an adapter without a delta has no effect."""
+        zero = [d for d in self.deltas.values() if isinstance(d, LowRank) and d.scaling == 0]
+        if self.deltas and len(zero) == len(self.deltas):
+            self.problem("no_effect", f"every alpha of {shown(self.name)} is 0")
+        if not self.deltas and not any(p.severity == "error" for p in self.problems):
+            self.problem("no_effect", f"{shown(self.name)} holds no adapter tensors")
+        return tuple(self.problems)
+
+
+def multiplies(a: Leaf, b: Leaf) -> bool:
+    """Whether (rank, in, *kernel) and (out, rank, 1, ...) are two factors of one update."""
+    if len(a.shape) < 2 or len(b.shape) < 2 or 0 in a.shape or 0 in b.shape:
+        return False
+    flat = all(n == 1 for n in b.shape[2:])
+    return a.shape[0] == b.shape[1] and flat and len(a.shape) in (len(b.shape), 2)
+
+
+def number(leaf: Leaf) -> float:
+    """The one number of a leaf such as an alpha; MalformedError where it holds several."""
+    values = leaf.numbers() if leaf.numel == 1 else ()
+    if len(values) != 1:
+        raise error("malformed", f"{shown(leaf.name)} is {leaf.shape}, expected one number")
+    return values[0]
+
+
+def unwrapped(key: str) -> str:
+    """A key without what DDP, FSDP and torch.compile put into names."""
+    pieces = key.removeprefix("module.").split(".")
+    return ".".join(p for p in pieces if p not in WRAPPERS)
+
+
+def tensors_of(bundle: Bundle, name: str) -> tuple[dict[str, Leaf], dict[str, str]]:
+    """The leaves and metadata of a safetensors or torch file; what is no tensor is refused."""
+    source = bundle.open(name)
+    if name.endswith(".safetensors"):
+        header = safetensors.read_header(source)
+        return header.leaves, header.metadata
+    file = torch_zip.state_dict(source)
+    return dict(file.tensors), {}
