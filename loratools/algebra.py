@@ -120,7 +120,9 @@ def prepare(delta: Kind, tiles: Tiles) -> Kind:
             norm = None
             if delta.axis == "in":
                 parts = (_plus(ready, w0, at).square().sum(dim=0) for at, w0 in tiles())
-                norm = held(sum(parts, torch.zeros((), dtype=torch.float64)).sqrt())
+                squares = sum(parts, torch.zeros((), dtype=torch.float64))
+                # A convolution has one magnitude per input, over its whole kernel.
+                norm = held(squares.reshape(delta.magnitude.numel, -1).sum(dim=1).sqrt())
             return replace(delta, delta=ready, norm=norm)
         case _:
             assert_never(delta)
@@ -129,7 +131,7 @@ def prepare(delta: Kind, tiles: Tiles) -> Kind:
 def apply(delta: Kind, w0: Tensor, start: int = 0, out: Tensor | None = None) -> Tensor:
     """W for the rows `w0` (rows, in * kernel) of a base weight that begin at row `start`.
 
-    `out`, where given, may be used for the result; `w0` is never changed.
+    `out`, where given, may be used for the result, and may be `w0`, which is else never changed.
     """
     match delta:
         case LowRank() | Dense():
@@ -142,7 +144,8 @@ def apply(delta: Kind, w0: Tensor, start: int = 0, out: Tensor | None = None) ->
                 return w.mul_(scale[:, None])
             if norm is None:
                 raise error("usage", "a column renormalisation needs algebra.prepare first")
-            return w.mul_(m / widen(norm))
+            scale = m / widen(norm)
+            return w.mul_(scale.repeat_interleave(w.shape[1] // len(scale)))
         case Replace(value=value, rows=rows, then=then):
             new, w = matrix(widen(value)), w0.clone()
             if rows is None:
@@ -156,13 +159,12 @@ def apply(delta: Kind, w0: Tensor, start: int = 0, out: Tensor | None = None) ->
             assert_never(delta)
 
 
-def update(delta: Additive, start: int, height: int, out: Tensor | None = None) -> Tensor:
+def update(delta: Additive, start: int, height: int) -> Tensor:
     """ΔW's rows start:start+height as a matrix (fewer where the delta has no more)."""
     match delta:
         case LowRank():
             b, a = factors(delta)
-            b = b[start : start + height]
-            return torch.mm(b, a, out=None if out is None else out[: len(b)])
+            return b[start : start + height] @ a
         case Dense(diff=diff, scaling=scaling):
             return matrix(widen(diff))[start : start + height] * scaling
         case _:
@@ -171,6 +173,11 @@ def update(delta: Additive, start: int, height: int, out: Tensor | None = None) 
 
 def _plus(delta: Additive, w0: Tensor, start: int, out: Tensor | None = None) -> Tensor:
     """W0 + ΔW for rows of W0; rows that lie beyond the delta's own stay as they are."""
+    if isinstance(delta, LowRank):
+        b, a = factors(delta)
+        b = b[start : start + len(w0)]
+        if len(b) == len(w0):
+            return torch.addmm(w0, b, a, out=out)
     tile = update(delta, start, len(w0))
     if len(tile) == len(w0):
         return torch.add(w0, tile, out=out)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from loratools.adapter import TORCH_NAMES, Kind, Leaf, LowRank
 from loratools.algebra import (
-    Additive,
     combine,
     condense,
     grown,
@@ -25,7 +24,6 @@ from loratools.algebra import (
     map_leaves,
     matrix,
     prepare,
-    update,
 )
 from loratools.errors import error, shown
 from loratools.narrowing import narrow, not_finite
@@ -34,10 +32,11 @@ from loratools.rewriting import as_stored
 from loratools.truncating import truncate
 
 # Elements of a CPU tile: few enough for the caches of a core, enough that Python's share is small.
-TILE = 1 << 18
-# Every so many tiles are measured for `update_kept`: the figure's error is that of a sample of a
-# quarter of all elements, a fold's time is an eighth less.
-COUNTED = 4
+TILE = 1 << 19
+# Of a large tensor every so many rows are measured for `update_kept`: looking at all of them would
+# take a third of a fold's time.
+COUNTED = 16
+SMALL = 1 << 16  # elements of a tensor all of whose rows are measured
 DEVICE_TILE = 1 << 24  # a GPU wants work in larger portions
 ARITHMETIC_BOUND = 256  # total rank above which a GPU gains more than the bus costs
 
@@ -55,7 +54,7 @@ class Cut:
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over every `COUNTED`th tile of one target, in float64, in tile order."""
+    """Sums over every `COUNTED`th row of one target, in float64, in the order of its tiles."""
 
     kept: float = 0.0  # <W - W0, ΔW>, W as written
     update: float = 0.0  # <ΔW, ΔW>
@@ -206,7 +205,8 @@ def fold_target(
     grid = tiles(height, width, known, desk.device)
     sample = only_rows is not None
     chosen = grid if only_rows is None else ((r, r + 1) for r in only_rows)
-    for number, (start, stop) in enumerate(chosen):
+    step = 1 if sample or height * width <= SMALL else COUNTED
+    for start, stop in chosen:
         if start >= known:
             like = torch.empty(stop - start, width, dtype=torch.float64, device=desk.device)
             w = grown(terms, like, start)
@@ -216,16 +216,15 @@ def fold_target(
             tally.elements += w.numel()
             continue
         w0 = wide(start, stop)
-        w, d = _both(terms, w0, start, desk)
+        counted = slice(-start % step, None, step)
+        before = w0[counted].clone()
+        w = combine(terms, w0, start, w0)
         out = narrow(w, dtype, desk.room)
         tally.elements += out.numel()
-        if sample or number % COUNTED == 0 or dtype.itemsize == 1:
-            _count(tally, w0, w, d, out, sample=sample)
-            finite = tally.kept - tally.kept == 0  # one NaN or infinity makes the product one
-        else:
-            finite = all(bool(x.isfinite()) for x in torch.aminmax(out)) if out.numel() else True
-        if not finite:
-            _explain(target, {"base": w0, "update": d}, out)
+        _count(tally, before, w[counted], out[counted], sample=sample)
+        if not _is_finite(out):
+            w0 = wide(start, stop, "again")
+            _explain(target, {"base": w0, "update": w - w0}, out)
         emit(start, desk.home(out))
     return tally
 
@@ -261,29 +260,20 @@ def _cut(delta: Kind, cut: Cut, tally: Tally) -> Kind:
     return short.delta
 
 
-def _both(
-    terms: Sequence[tuple[float, Kind]], w0: Tensor, start: int, desk: Desk
-) -> tuple[Tensor, Tensor]:
-    """W and W − W0 of a tile; where the update is a plain sum, it is not taken apart again."""
-    w, d = desk.room("w", w0, torch.float64), desk.room("d", w0, torch.float64)
-    (weight, delta), *more = terms
-    if not more and weight == 1 and isinstance(delta, Additive):
-        d = update(delta, start, len(w0), d)
-        if len(d) == len(w0):
-            return torch.add(w0, d, out=w), d
-    w = combine(terms, w0, start, w)
-    return w, torch.sub(w, w0, out=desk.room("d", w0, torch.float64))
-
-
-def _count(tally: Tally, w0: Tensor, w: Tensor, d: Tensor, out: Tensor, *, sample: bool) -> None:
-    d = d.view(-1)
-    changed = w.copy_(out).sub_(w0).view(-1)  # w itself is no longer needed
+def _count(tally: Tally, before: Tensor, w: Tensor, out: Tensor, *, sample: bool) -> None:
+    d, changed = (w - before).view(-1), (out.to(before.dtype) - before).view(-1)
     tally.kept += float(torch.dot(changed, d))
     tally.update += float(torch.dot(d, d))
     if sample:
-        before = w0.reshape(-1)
-        tally.base += float(torch.dot(before, before))
-        tally.along += float(torch.dot(before, d))
+        flat = before.view(-1)
+        tally.base += float(torch.dot(flat, flat))
+        tally.along += float(torch.dot(flat, d))
+
+
+def _is_finite(out: Tensor) -> bool:
+    if out.dtype.itemsize == 1:  # which torch does not compare in all 8-bit floats
+        return not not_finite(out)
+    return all(bool(x.isfinite()) for x in torch.aminmax(out)) if out.numel() else True
 
 
 def _explain(target: Target, parts: dict[str, Tensor], out: Tensor) -> None:
@@ -334,18 +324,22 @@ def sample_rows(height: int, count: int = 8) -> list[int]:
 
 
 def fold_sample(target: Target, *, dtype: torch.dtype, cut: Cut | None = None) -> Tally:
-    """The tally of a few rows of one target, read from the base: what a fold would keep."""
-    leaf = target.base
+    """The tally of a few rows of one target, read from the base: what a fold would keep.
+
+    For several threads at once, within `one_thread`.
+    """
+    leaf, desk = target.base, Desk(torch.device("cpu"))
     assert leaf is not None
-    reader = leaf_rows(leaf)
-    with one_thread():
+    rows = sample_rows(min(extents(leaf.shape)[0], extents(target.shape)[0]))
+    with desk.at_work():
         return fold_target(
             target,
-            reader,
-            lambda _start, _tile: None,
+            leaf_rows(leaf),
+            lambda *_: None,
             dtype=dtype,
+            desk=desk,
             cut=cut,
-            only_rows=sample_rows(min(extents(leaf.shape)[0], extents(target.shape)[0])),
+            only_rows=rows,
         )
 
 

@@ -29,27 +29,36 @@ def norm_squared(delta: LowRank) -> float:
 
 def singular_values(delta: LowRank) -> Tensor:
     """The singular values of ΔW, largest first, at most `rank` of them."""
-    return _svd(delta)[1]
+    return _core(delta)[1]
 
 
-def _svd(delta: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """U (out, R), S (R), Vᵀ (R, in * kernel) of ΔW, by QR of both factors and a core SVD.
+def _core(delta: LowRank) -> tuple[tuple[Tensor, Tensor], Tensor, tuple[Tensor, Tensor]]:
+    """(Q_B, U), S, (Q_A, V) with ΔW = Q_B U S (Q_A V)ᵀ, by QR of both factors and a core SVD.
 
     ΔW = B·A = Q_B R_B (Q_A R_A)ᵀ, and R_B R_Aᵀ is at most R × R. All in float64 from the start:
-    a float64 core behind float32 QRs would keep their error.
+    a float64 core behind float32 QRs would keep their error. Raises `nonfinite`.
     """
     b, a = factors(delta)
-    for name, tensor in ((delta.b.name, b), (delta.a.name, a)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise error("nonfinite", f"{name or 'a factor'} holds NaN or infinite values")
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    u, vt = q_b @ u, vt @ q_a.T
-    # The sign of a singular pair is free: fix it, so that equal inputs give equal bytes.
-    peak = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()
-    peak[peak == 0] = 1
-    return u * peak, s, vt * peak.T
+    core = r_b @ r_a.T
+    if not bool(torch.isfinite(core).all()):  # a NaN or infinity in a factor is one here as well
+        for name, tensor in ((delta.b.name, b), (delta.a.name, a)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise error("nonfinite", f"{name or 'a factor'} holds NaN or infinite values")
+        raise error("nonfinite", f"{delta.b.name or 'a product'}: B·A is beyond float64")
+    u, s, vt = torch.linalg.svd(core, full_matrices=False)
+    return (q_b, u), s, (q_a, vt.T)
+
+
+def _signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular vectors with the largest entry of each of U positive.
+
+    The sign of a pair is free: fixed, equal inputs give equal bytes.
+    """
+    low, high = torch.aminmax(u, dim=0)
+    sign = torch.where(-low > high, -1.0, 1.0)
+    return u * sign, v * sign
 
 
 def kept_rank(s: Tensor, *, rank: int | None, energy: float | None) -> int:
@@ -66,22 +75,18 @@ def kept_rank(s: Tensor, *, rank: int | None, energy: float | None) -> int:
 
 def truncate(delta: LowRank, *, rank: int | None = None, energy: float | None = None) -> Truncated:
     """The best approximation of rank ≤ `rank`, or of `energy` (Eckart–Young), split √S·√S."""
-    return _cut(*_svd(delta), delta.a.shape[1:], rank=rank, energy=energy)
-
-
-def _cut(
-    u: Tensor,
-    s: Tensor,
-    vt: Tensor,
-    inner: tuple[int, ...],
-    *,
-    rank: int | None,
-    energy: float | None,
-) -> Truncated:
+    (q_b, u), s, (q_a, v) = _core(delta)
     k = kept_rank(s, rank=rank, energy=energy)
+    return _split(q_b @ u[:, :k], s, q_a @ v[:, :k], delta.a.shape[1:])
+
+
+def _split(u: Tensor, s: Tensor, v: Tensor, inner: tuple[int, ...]) -> Truncated:
+    """U (out, k) and V (in, k) with the first k of all singular values, as factors."""
+    k, squares = u.shape[1], s.square()
+    u, v = _signed(u, v)
     root = s[:k].sqrt()
-    short = product(u[:, :k] * root, root[:, None] * vt[:k], inner)
-    return Truncated(short, float(s[k:].square().sum()), float(s.square().sum()))
+    short = product(u * root, (v * root).T, inner)
+    return Truncated(short, float(squares[k:].sum()), float(squares.sum()))
 
 
 def to_low_rank(
@@ -100,4 +105,5 @@ def to_low_rank(
     if dense.ndim < 2:
         raise error("usage", "a vector has no low-rank form")
     u, sigma, vt = torch.linalg.svd(matrix(dense), full_matrices=False)
-    return _cut(u, sigma, vt, tuple(dense.shape[1:]), rank=rank, energy=energy)
+    k = kept_rank(sigma, rank=rank, energy=energy)
+    return _split(u[:, :k], sigma, vt[:k].T, tuple(dense.shape[1:]))

@@ -87,15 +87,17 @@ def test_each_element_is_rounded_once(example, dtype, tile, monkeypatch):
     assert tally.elements == base.numel()
 
 
-def test_every_fourth_tile_is_measured_and_every_tile_is_watched(monkeypatch):
-    monkeypatch.setattr(folding, "TILE", 8)
+def test_every_so_many_rows_are_measured_and_all_are_watched(monkeypatch):
+    monkeypatch.setattr(folding, "TILE", 24)
+    monkeypatch.setattr(folding, "SMALL", 0)
+    monkeypatch.setattr(folding, "COUNTED", 4)
     base = torch.from_numpy(numbers(5, 16, 8)).to(torch.float16)
     delta = pair(3, (16, 8), rank=2)
     one = target("w", Leaf.of("w", base), (16, 8), (1.0, delta))
     found, tally = fold_tensor(one, base, dtype=torch.float16)
     update = folded(delta, np.zeros((16, 8)))
     changed = (found.double() - base.double()).numpy()
-    rows = slice(None, None, folding.COUNTED)  # a tile is one row here
+    rows = slice(None, None, 4)  # a tile is three rows here
     assert tally.update == pytest.approx(float((update[rows] ** 2).sum()), rel=1e-9)
     assert tally.kept == pytest.approx(float((changed[rows] * update[rows]).sum()), rel=1e-9)
     assert tally.elements == 16 * 8

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from loratools.adapter import FLOATS, Adapter, Leaf, LowRank, leaves
 from loratools.errors import Problem, Severity, shown
-from loratools.folding import Cut, Tally, fold_sample, torch_dtype
+from loratools.folding import Cut, Tally, fold_sample, one_thread, torch_dtype
 from loratools.narrowing import not_finite
 from loratools.plan import Plan
+from loratools.streaming import default_threads
 
 KEPT = 0.9  # below this share of the update a fold warns, and as far above 1
 ALREADY = (0.8, 1.2)  # projections of W0 on ΔW between these look like an adapter folded before
@@ -95,12 +97,16 @@ def sampled(
     min_kept: float | None = None,
 ) -> Sampled:
     """Fold a few rows of every target: what is too large, already there, or lost in the dtype."""
-    tallies: dict[str, Tally] = {}
-    for name, target in plan.targets.items():
-        if target.base is None or not target.terms:
-            continue
-        out = dtype if dtype and target.base.dtype in FLOATS else target.base.dtype
-        tallies[name] = fold_sample(target, dtype=torch_dtype(out), cut=cut)
+
+    def one(name: str) -> Tally:
+        stored = plan.targets[name].base
+        assert stored is not None
+        out = dtype if dtype and stored.dtype in FLOATS else stored.dtype
+        return fold_sample(plan.targets[name], dtype=torch_dtype(out), cut=cut)
+
+    names = [n for n, t in plan.targets.items() if t.base is not None and t.terms]
+    with one_thread(), ThreadPoolExecutor(default_threads(), "sample") as pool:
+        tallies = dict(zip(names, pool.map(one, names), strict=True))
     problems = [*_zeros(plan, tallies), *_too_large(plan, tallies), *_there_already(tallies)]
     kept = pooled(tallies.values())
     if lost(kept, KEPT if min_kept is None else min_kept):
