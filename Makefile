@@ -41,9 +41,10 @@ bench: install
 bench-gpu: install
 	$(BIN)/python -m tests.benchmarks --gpu $(FIGURE)
 
-# Environments for programs whose pins contradict ours, outside the checkout, kept between runs.
+# Environments for programs whose pins contradict ours, outside the checkout, kept between runs;
+# make oracles NAME=torchtune builds one of them.
 oracles: install
-	@echo "oracles: no test needs an environment of its own yet; they will stand in $(LORATOOLS_ORACLES)"
+	$(BIN)/python -m tests.environments $(LORATOOLS_ORACLES) $(NAME)
 
 clean:
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

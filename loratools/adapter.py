@@ -227,8 +227,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a delta goes in the base: a weight's name, the rows it covers, how it is stored."""
+    """Where a delta goes in the base: a weight's name, and how that weight is stored."""
 
     target: str
     transposed: bool = False  # stored (in, out): Conv1D, Embedding
-    rows: tuple[int, int] | None = None  # of the module's `out`; None is all

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from loratools.adapter import Dense, Kind, Leaf, LowRank, Renormed, Replace
 from loratools.errors import error
+from loratools.rewriting import Additive, additive, shape, within
 
 K = TypeVar("K", bound=Kind)
-Additive = LowRank | Dense
 Then = LowRank | Renormed | Replace
 Tiles = Callable[[], Iterable[tuple[int, Tensor]]]  # (first row, float64 rows of W0), in order
 
@@ -62,21 +62,6 @@ def product(b: Tensor, a: Tensor, inner: Sequence[int]) -> LowRank:
     """B·A of scaling 1, from matrices, for a weight of (out, *inner)."""
     kernel = [1 for _ in inner[1:]]
     return LowRank(held(a.reshape(len(a), *inner)), held(b.reshape(*b.shape, *kernel)), 1.0)
-
-
-def shape(delta: Kind) -> tuple[int, ...] | None:
-    """(out, in, *kernel) of what the delta changes; None where it only names rows."""
-    match delta:
-        case LowRank(a=a, b=b):
-            return (b.shape[0], *a.shape[1:])
-        case Dense(diff=diff):
-            return diff.shape
-        case Renormed(delta=inner):
-            return shape(inner)
-        case Replace(value=value, rows=rows):
-            return value.shape if rows is None else None
-        case _:
-            assert_never(delta)
 
 
 # ------------------------------------------------------------------------------- applying
@@ -307,14 +292,3 @@ def _without_ones(shape: tuple[int, ...] | None) -> tuple[int, ...]:
     """A 1x1 convolution and a linear layer hold the same matrix."""
     assert shape is not None
     return shape[:2] if math.prod(shape[2:]) == 1 else shape
-
-
-def within(then: Kind | None, change: Callable[[Kind], Kind]) -> Kind | None:
-    """What is applied on top of a replaced weight, changed."""
-    return None if then is None else change(then)
-
-
-def additive(delta: Kind) -> Additive:
-    """An inner delta, known to be additive."""
-    assert isinstance(delta, Additive)
-    return delta

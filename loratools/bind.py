@@ -18,6 +18,7 @@ from loratools.adapter import (
     Replace,
 )
 from loratools.errors import Problem, shown
+from loratools.fitting import fitted
 from loratools.names.prefixes import Prefix, find_prefix, nearest
 from loratools.plan import Plan, Target, Term, Ties, module_shape, stored_shape
 from loratools.vocabulary import is_head, last, one_vocabulary, output_shape, settle_ties
@@ -63,8 +64,9 @@ def bind(
     merged: dict[str, list[Term]] = {}
     bound: list[_Binding] = []
     for number, (adapter, weight) in enumerate(zip(adapters, factors, strict=True)):
-        one = _Binding(number, adapter, base, weight, ties)
-        problems += adapter.problems
+        fit = fitted(adapter, base.tensors, base.config)
+        one = _Binding(number, fit, base, weight, ties)
+        problems += fit.problems
         _fit(one, chosen)
         problems += one.problems
         bound.append(one)

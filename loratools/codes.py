@@ -256,6 +256,24 @@ CODES: dict[str, Code] = {
         "embed_tokens would have 32010 rows and lm_head 32000",
         "save embedding and head together (PEFT: save_embedding_layers=True)",
     ),
+    "reader_refuses": Code(
+        5,
+        "The reader asked about with `check --for` will not load this adapter.",
+        "vllm refuses it: it has no DoRA (model.layers.0.self_attn.q_proj.weight)",
+        "run the last line that `loratools check --for` prints",
+    ),
+    "reader_ignores": Code(
+        5,
+        "The reader asked about with `check --for` leaves out a part of this adapter.",
+        "comfyui ignores part of it: the bias of B",
+        "run the last line that `loratools check --for` prints",
+    ),
+    "reader_misreads": Code(
+        5,
+        "The reader asked about with `check --for` loads this adapter as something else.",
+        "sglang misreads it: lora_alpha / r counts, without rsLoRA",
+        "run the last line that `loratools check --for` prints",
+    ),
     # 6: the disk
     "storage": Code(
         6,

@@ -40,15 +40,25 @@ def _sound(adapter: Adapter) -> Adapter:
 
 
 def save(adapter: Adapter, path: str | Path, to: str = "peft", *, force: bool = False) -> Path:
-    """Write an adapter as a folder of the format `to`; factors and dtypes stay as they are."""
+    """Write an adapter in the format `to`; factors and dtypes stay where it can hold them.
+
+    Raises RefusedError `loss` for what it cannot hold, by name.
+    """
+    from loratools.commands.writing import format_named, ready_for, writes_file
     from loratools.weights.publishing import publish
 
-    if to not in formats.NAMES:
-        raise error("usage", f"to={to!r}: known formats are {', '.join(formats.NAMES)}")
+    name, out = format_named(to), Path(path)
+    ready = ready_for(adapter, name)
+    refused = refusal(ready.problems)
+    if refused:
+        raise refused
+    as_file = writes_file(out, name)
     inputs = [adapter.folder] if adapter.folder else []
-    with publish(Path(path), inputs=inputs, force=force) as output:
-        peft.write(adapter, output.folder)
-    return Path(path)
+    with publish(out, as_file=as_file, inputs=inputs, force=force) as output:
+        formats.WRITERS[name].write(
+            ready.adapter, output.folder / out.name if as_file else output.folder
+        )
+    return out
 
 
 def from_state_dict(

@@ -74,7 +74,8 @@ def _few(found: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     near = np.concatenate(
         [(8 * eights[:, None] + np.arange(8)).reshape(-1), np.arange(end, len(found))]
     )
-    return near[found[near]]
+    few: np.ndarray[Any, Any] = near[found[near]]
+    return few
 
 
 def _to_odd(values: Tensor) -> Tensor:

@@ -60,11 +60,11 @@ def reordered(leaf: Leaf, order: Sequence[int], axis: int = 0) -> Leaf:
     return later(leaf.name, leaf.dtype, leaf.shape, make)
 
 
-def scaled(leaf: Leaf, factor: float) -> Leaf:
-    """The leaf times a number, in float32 or wider; the leaf itself where the number is 1."""
+def scaled(leaf: Leaf, factor: float, dtype: str = "F32") -> Leaf:
+    """The leaf times a number, in `dtype` or wider; the leaf itself where the number is 1."""
     if factor == 1:
         return leaf
-    wide = leaf.dtype if leaf.dtype == "F64" else "F32"
+    wide = widest([leaf.dtype, dtype])
 
     def make() -> torch.Tensor:
         import torch
@@ -122,6 +122,18 @@ def padded(leaf: Leaf, before: int, after: int, axis: int = 0) -> Leaf:
         return whole
 
     return later(leaf.name, leaf.dtype, shape, make)
+
+
+def total(leaves: Sequence[Leaf]) -> Leaf:
+    """The sum of leaves of one shape, in float64."""
+
+    def make() -> torch.Tensor:
+        import torch
+
+        tensors = [leaf.tensor().to(torch.float64) for leaf in leaves]
+        return torch.stack(tensors).sum(0)
+
+    return later(leaves[0].name, "F64", leaves[0].shape, make)
 
 
 def renamed(leaf: Leaf, name: str) -> Leaf:

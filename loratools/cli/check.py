@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loratools.cli import options
-from loratools.cli.screen import counted, problem_lines, say, say_json, strong
+from loratools.cli.screen import counted, problem_lines, safe, say, say_json, strong
 from loratools.errors import shown
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 loratools check my-lora --base Llama-3.1-8B
 loratools check a b --base model --data      # reads the adapters' numbers too
-loratools check my-lora --fail-on warning    # nothing at all may be odd"""
+loratools check my-lora --for vllm@0.11      # will that reader take it?"""
 
 Data = Annotated[
     bool,
@@ -28,11 +28,24 @@ Data = Annotated[
     ),
 ]
 
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="READER[@VERSION]",
+        help="What this reader will refuse, ignore or misread, and the line to paste: vllm, "
+        "sglang, llama.cpp, ollama, comfyui, a1111, diffusers, mlx, onnxruntime, tensorrt-llm, "
+        "peft.",
+        rich_help_panel=options.JUDGING,
+    ),
+]
+
 
 def command(
     adapters: options.Adapters,
     base: options.Base = None,
     data: Data = False,
+    reader: For = None,
     assume: options.Assume = None,
     only: options.Only = None,
     skip: options.Skip = None,
@@ -47,8 +60,10 @@ def command(
 ) -> None:
     """Find every problem of fitting adapters to a base, before anything is made.
 
-    It reads headers, no weights (but see --data). The exit status is 0 where all is well, else 3
-    (a file is malformed), 4 (they do not fit) or 5 (the result would be wrong), the lowest.
+    It reads headers, no weights (but see --data). With --for it ends in the line that loads the
+    adapters in that reader, or that makes them acceptable first. The exit status is 0 where all is
+    well, else 3 (a file is malformed), 4 (they do not fit) or 5 (the result would be wrong), the
+    lowest.
     """
     from loratools.commands.check import check
 
@@ -63,6 +78,7 @@ def command(
         allow=allow or (),
         fail_on=fail_on or (),
         assume=assume or (),
+        for_=reader,
     )
     errors = [p for p in result.problems if p.severity == "error"]
     table = result.as_json()
@@ -75,9 +91,19 @@ def command(
         if not quiet:
             for prefix in table["prefixes"]:
                 say(f"names: {shown(prefix)}")
-            say(strong("ok" if result.ok else "does not fit") + f": {_verdict(result)}")
+            say(strong("ok" if result.ok else _failed(result)) + f": {_verdict(result)}")
+        if result.line and not quiet:
+            say(safe(result.line))
     if errors:
         raise typer.Exit(min(p.exit for p in errors))
+
+
+def _failed(result: CheckResult) -> str:
+    """What an error means: that it does not fit the base, or only that the reader is no good."""
+    errors = [p.code for p in result.problems if p.severity == "error"]
+    if result.reader and all(code.startswith("reader_") for code in errors):
+        return f"not for {result.reader}"
+    return "does not fit"
 
 
 def _verdict(result: CheckResult) -> str:

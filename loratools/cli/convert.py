@@ -15,20 +15,10 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 loratools convert my-lora --rank 8 -o smaller
-loratools convert old-lora.bin -o my-lora      # a pickle becomes safetensors
-loratools convert runs/a runs/b --dtype bf16 -o halved"""
+loratools convert style.safetensors --to diffusers -o out.safetensors
+loratools convert my-lora --to gguf --base Llama-3.2-1B -o my-lora.gguf"""
 USAGE = "-o OUT [OPTIONS]"
 
-To = Annotated[
-    str,
-    typer.Option(
-        "--to",
-        "-t",
-        metavar="FORMAT",
-        help="The output's format; this version writes peft.",
-        rich_help_panel=options.FILES,
-    ),
-]
 Out = Annotated[
     str,
     typer.Option(
@@ -44,7 +34,8 @@ Out = Annotated[
 def command(
     adapters: options.Adapters,
     out: Out,
-    to: To = "peft",
+    to: options.To = None,
+    base: options.Base = None,
     assume: options.Assume = None,
     rank: options.Rank = None,
     energy: options.Energy = None,
@@ -71,6 +62,7 @@ def command(
         adapters,
         to=to,
         out=out,
+        base=base,
         rank=rank,
         energy=energy,
         dtype=dtype,

@@ -207,3 +207,15 @@ Help = Annotated[
         rich_help_panel=PRINTING,
     ),
 ]  # fmt: skip
+
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        "-t",
+        metavar="FORMAT",
+        help="The output's format: peft, kohya, diffusers, gguf, mlx, ...; else what the inputs "
+        "share, or peft.",
+        rich_help_panel=FILES,
+    ),
+]

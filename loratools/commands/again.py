@@ -11,7 +11,7 @@ from loratools.commands.replayed import Proof, Sources
 from loratools.errors import error, shown
 
 # What a recipe says of a merge, as `merge` itself calls it.
-SAID = ("method", "rank", "energy", "dtype", "only", "skip", "allow", "tokenizer")
+SAID = ("to", "method", "rank", "energy", "dtype", "only", "skip", "allow", "tokenizer")
 
 
 def recipe_arguments(

@@ -12,6 +12,7 @@ from loratools.adapter import Adapter
 from loratools.bind import bind
 from loratools.commands.inspect import as_json
 from loratools.commands.judging import Choice, assumptions, judge
+from loratools.commands.readers import Reader, findings
 from loratools.errors import Problem
 from loratools.plan import Plan, Ties
 from loratools.weights.base import Base, headers
@@ -30,6 +31,8 @@ class CheckResult:
     problems: tuple[Problem, ...]
     waived: tuple[Problem, ...]
     plan: Plan | None
+    reader: str | None = None  # what `for_` asked about
+    line: str | None = None  # to paste: loads the adapters there, or makes them acceptable first
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints; its keys never change."""
@@ -40,6 +43,8 @@ class CheckResult:
             "problems": [as_json(p) for p in self.problems],
             "waived": [as_json(p) for p in self.waived],
             "prefixes": [str(p) for p in self.plan.prefixes if p] if self.plan else [],
+            "reader": self.reader,
+            "line": self.line,
         }
 
 
@@ -55,14 +60,19 @@ def check(
     allow: Sequence[str] = (),
     fail_on: Sequence[str] = (),
     assume: Sequence[str] = (),
+    for_: str | None = None,
 ) -> CheckResult:
     """Find every problem of fitting `adapters` to `base` at once, without reading a weight.
 
     With `data` the adapters' numbers are read too (NaN, infinity, untrained factors), and a sample
-    of the base's rows (`large_update`). Nothing is raised for a problem found: see `ok`; malformed
+    of the base's rows (`large_update`). With `for_`, a reader such as "vllm@0.11" (READERS), what
+    that program refuses, ignores or misreads is found too, and `line` says how to load them there
+    (specs/readers.md). Nothing is raised for a problem found: see `ok`; malformed
     files raise MalformedError, missing ones NotFoundError.
     """
+    reader = Reader.of(for_) if for_ is not None else None
     loaded = load_all(adapters, assume)
+    base = headers(base) if isinstance(base, str | Path) else base
     plan, problems = fit(
         loaded, base, weights=None, only=only, skip=skip, ties=ties_from(tied, untie)
     )
@@ -72,7 +82,10 @@ def check(
         problems += adapter_numbers(loaded)
         if plan is not None and not any(p.severity == "error" for p in problems):
             problems += sampled(plan).problems
+    heard = findings(reader, loaded, base.config if base else None) if reader else None
+    problems += heard.problems if heard else ()
     judged = judge(problems, allow, fail_on)
+    over = base.name if base else None
     return CheckResult(
         ok=not any(p.severity == "error" for p in judged.problems),
         matched=sum(plan.matched) if plan else None,
@@ -80,6 +93,8 @@ def check(
         problems=judged.problems,
         waived=judged.waived,
         plan=plan,
+        reader=str(reader) if reader else None,
+        line=heard.line(judged.problems, loaded, over) if heard else None,
     )
 
 

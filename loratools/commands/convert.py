@@ -9,20 +9,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from loratools import receipt
+from loratools import formats, receipt
 from loratools.adapter import Adapter, Dense, Kind, LowRank, Renormed, Replace, leaves
 from loratools.commands.check import fit, load_all
 from loratools.commands.inspect import as_json
 from loratools.commands.judging import Choice, judge
 from loratools.commands.merge import checked_method, dtype_name, merge_adapters, save_merged
+from loratools.commands.writing import format_named, ready_for, shared_format, writes_file
 from loratools.errors import Problem, error, shown
-
-WRITES = ("peft",)
-# Formats of the field that have a name here and cannot be written yet, with their other names.
-LATER = (
-    "kohya lycoris diffusers gguf mlx torchtune litgpt adapterhub onnx_adapter "
-    "comfyui a1111 civitai olive"
-).split()
+from loratools.weights.base import headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +62,9 @@ class ConvertResult:
 def convert(
     adapters: str | Path | Sequence[str | Path],
     *,
-    to: str = "peft",
+    to: str | None = None,
     out: str | Path,
+    base: str | Path | None = None,
     rank: int | None = None,
     energy: float | None = None,
     dtype: str | None = None,
@@ -82,23 +78,31 @@ def convert(
 ) -> list[ConvertResult]:
     """Write one adapter as `out`, or each of several into the folder `out` under its own name.
 
-    Without `rank`, `energy` and `dtype` every factor keeps its bytes. Every problem of every
+    `to` is the format, else what the inputs share, or peft. Without `rank`, `energy` and `dtype`
+    every factor keeps its bytes where the format can hold them. `base` tells what names and rows
+    depend on (heads, architecture) and is not read beyond its headers. Every problem of every
     adapter is raised before anything is written; each output appears whole or not at all.
     """
-    if to not in WRITES:
-        known = "cannot be written yet" if to in LATER else "is no format"
-        raise error("usage", f"--to {shown(to)} {known}; this version writes {', '.join(WRITES)}")
+    to = format_named(to) if to else None
     _, rank = checked_method("linear", rank, energy)
     kind = dtype_name(dtype)
     paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
-    outputs = outputs_for(paths, Path(out))
+    if not paths:
+        raise error("usage", "convert needs an adapter")
     loaded = load_all(paths, assume)
+    to = to or shared_format(loaded)
+    outputs = outputs_for(paths, Path(out), formats.WRITERS[to].SUFFIX or "")
+    for output in outputs:
+        writes_file(output, to)
     _, problems = fit(loaded, None, weights=None, only=only, skip=skip, ties=None)
     choice = Choice(tuple(only), tuple(skip))
     if rank is not None or energy is not None:
         problems += [p for a in loaded for p in _bound_to_base(a, choice)]
     from loratools.commands.numbers import adapter_numbers
 
+    over = None if base is None else headers(base)
+    aligned = [ready_for(_chosen(a, choice), to, over) for a in loaded]
+    problems += [p for one in aligned for p in one.problems]
     judged = judge([*problems, *adapter_numbers(loaded)], allow, fail_on)
     judged.require()
     recipe = {
@@ -112,15 +116,14 @@ def convert(
         "allow": list(allow),
     }
     results = []
-    for adapter, path, output in zip(loaded, paths, outputs, strict=True):
+    for adapter, one, path, output in zip(loaded, aligned, paths, outputs, strict=True):
         began = perf_counter()
         found = [p for p in judged.problems if p.adapter in (None, adapter.name)]
         waived = [p for p in judged.waived if p.adapter in (None, adapter.name)]
-        merged = merge_adapters(
-            [adapter], [1.0], rank=rank, energy=energy, dtype=kind, only=only, skip=skip
-        )
+        summed = merge_adapters([one.adapter], [1.0], rank=rank, energy=energy, dtype=kind)
         saved = save_merged(
-            merged,
+            summed,
+            to,
             {"adapters": [receipt.adapter_entry(adapter, 1.0)], **recipe},
             found,
             waived,
@@ -131,32 +134,39 @@ def convert(
             count=1,
             verb="convert",
         )
-        difference = difference_of(adapter, merged.adapter) if rank or energy or kind else None
+        difference = difference_of(one.adapter, summed.adapter) if rank or energy or kind else None
+        lost = _lost(adapter, len([k for k in adapter.deltas if choice(k)]), waived, difference)
         results.append(
             ConvertResult(
                 makes=saved.makes,
                 source=str(path),
                 output=output,
-                lost=tuple(_lost(adapter, merged.adapter, waived, difference)),
+                lost=tuple(lost),
                 targets=saved.targets,
                 truncation_error=saved.truncation_error,
                 difference=difference,
                 seconds=perf_counter() - began,
                 nbytes=saved.nbytes,
                 problems=tuple(found),
-                notes=_left_beside(adapter),
+                notes=(*one.notes, *_left_beside(adapter)),
             )
         )
     return results
 
 
-def outputs_for(paths: Sequence[str | Path], out: Path) -> list[Path]:
-    """Where each adapter goes: `out` for one, `out/NAME` for several.
+def _chosen(adapter: Adapter, choice: Choice) -> Adapter:
+    """The adapter's deltas that --only and --skip leave, by its own names."""
+    deltas = {key: delta for key, delta in adapter.deltas.items() if choice(key)}
+    if not deltas:
+        raise error("no_effect", "no target is left to convert")
+    return adapter if len(deltas) == len(adapter.deltas) else replace(adapter, deltas=deltas)
 
-    UsageError without any, and where two sources have one name.
+
+def outputs_for(paths: Sequence[str | Path], out: Path, suffix: str = "") -> list[Path]:
+    """Where each adapter goes: `out` for one, `out/NAME` (and the format's suffix) for several.
+
+    UsageError where two sources have one name.
     """
-    if not paths:
-        raise error("usage", "convert needs an adapter")
     if len(paths) == 1:
         return [out]
     named: dict[str, str | Path] = {}
@@ -171,7 +181,7 @@ def outputs_for(paths: Sequence[str | Path], out: Path) -> list[Path]:
                 "convert them one by one",
             )
         named[name] = path
-    return [out / name for name in named]
+    return [out / f"{name}{suffix}" for name in named]
 
 
 def _bound_to_base(adapter: Adapter, choice: Choice) -> list[Problem]:
@@ -207,7 +217,8 @@ def _norm_squared(delta: Kind) -> float:
 
 
 def _distance_squared(old: Kind, new: Kind) -> float:
-    from loratools.algebra import Additive, add, scaled, widen
+    from loratools.algebra import add, scaled, widen
+    from loratools.rewriting import Additive
 
     if old is new:
         return 0.0
@@ -222,10 +233,10 @@ def _distance_squared(old: Kind, new: Kind) -> float:
 
 
 def _lost(
-    old: Adapter, new: Adapter, waived: Sequence[Problem], difference: float | None
+    old: Adapter, chosen: int, waived: Sequence[Problem], difference: float | None
 ) -> list[str]:
     lost = [f"{p.code}: {p.message}" for p in waived]
-    left = len(old.deltas) - len(new.deltas)
+    left = len(old.deltas) - chosen
     if left:
         lost.append(f"{left} of {len(old.deltas)} targets were left out")
     if difference:
@@ -235,7 +246,7 @@ def _lost(
 
 def _left_beside(adapter: Adapter) -> tuple[str, ...]:
     """Files that lie beside the adapter and are no part of it: cards, tokenizers, states."""
-    if adapter.folder is None:
+    if adapter.folder is None or Path(adapter.name).is_file():
         return ()
     here = sorted(p.name for p in adapter.folder.iterdir() if p.is_file())
     names = [n for n in here if n not in adapter.files and n != receipt.NAME]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratools import formats
-from loratools.adapter import Adapter, Kind, LowRank, Renormed, Replace, leaves
+from loratools.adapter import Adapter, Kind, LowRank, Renormed, Replace, Source, leaves
 from loratools.commands.judging import assumptions
-from loratools.containers.bundle import local
-from loratools.errors import LoratoolsError, Problem
+from loratools.commands.listing import bundles_at, duplicates
+from loratools.commands.trained import architecture, frequent_tags, title, trigger_words
+from loratools.containers.bundle import Bundle
+from loratools.containers.hashes import EMPTY, Hashes, civitai, same
+from loratools.errors import LoratoolsError, Problem, error, shown
+from loratools.formats.looking import looks_like
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,15 @@ class Inspection:
     foldable: bool
     problems: tuple[Problem, ...]
     adapter: Adapter | None
+    error: Problem | None = None  # why it cannot be read, in a table; alone it is raised
+    architecture: str | None = None  # the sort of base that its metadata names
+    title: str | None = None
+    trigger_words: tuple[str, ...] = ()
+    tags: dict[str, int] | None = None  # the most frequent ones of the training captions
+    hashes: Hashes | None = None
+    stored_hash: str | None = None  # AutoV3 as the file itself gives it, uncut
+    hash_agrees: bool | None = None  # None where it was not computed, or none is stored
+    duplicate_of: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints; its keys never change."""
@@ -55,6 +68,25 @@ class Inspection:
             "task": self.task,
             "foldable": self.foldable,
             "problems": [as_json(p) for p in self.problems],
+            "error": as_json(self.error) if self.error else None,
+            "architecture": self.architecture,
+            "title": self.title,
+            "trigger_words": list(self.trigger_words),
+            "tags": self.tags or {},
+            "hashes": self._hashes(),
+            "duplicate_of": self.duplicate_of,
+        }
+
+    def _hashes(self) -> dict[str, Any] | None:
+        if self.hashes is None:
+            return None
+        return {
+            "sha256": self.hashes.sha256,
+            "autov1": self.hashes.autov1,
+            "autov2": self.hashes.autov2,
+            "autov3": self.hashes.autov3,
+            "stored": self.stored_hash,
+            "agrees": self.hash_agrees,
         }
 
 
@@ -71,36 +103,106 @@ def as_json(problem: Problem) -> dict[str, Any]:
     }
 
 
-def inspect(*sources: str | Path, assume: Sequence[str] = ()) -> list[Inspection]:
+SORTS: dict[str, Callable[[Inspection], Any]] = {
+    "name": lambda f: f.source,
+    "format": lambda f: f.format or "",
+    "base": lambda f: f.base or f.architecture or "~",
+    "rank": lambda f: -max(f.ranks, default=0),
+    "scaling": lambda f: -max(f.scalings, default=0.0),
+    "targets": lambda f: -f.targets,
+    "size": lambda f: -f.nbytes,
+}
+
+
+def inspect(
+    *sources: str | Path,
+    assume: Sequence[str] = (),
+    sort: str | None = None,
+    hash: bool = False,
+) -> list[Inspection]:
     """Describe adapters from their headers; a folder of adapters gives one answer for each.
 
-    What is no adapter gets `format=None` and what it looks like; malformed files raise.
+    What is no adapter gets `format=None` and what it looks like. What cannot be read raises where
+    it is the only one asked for; among several it gets `error`, and the others are described all
+    the same. `hash` reads whole files: the hashes that Civitai and A1111 search by. `sort` is one
+    of SORTS: names upwards, numbers downwards.
     """
-    found: list[Inspection] = []
+    if sort is not None and sort not in SORTS:
+        raise error("usage", f"--sort {shown(sort)}: known are {', '.join(SORTS)}")
     settings = assumptions(assume, len(sources))
-    for source, given in zip(sources, settings, strict=True):
-        bundle = local(source)
-        inner = formats.adapters_in(bundle)
-        if inner and not any(f.detect(bundle) for f in formats.FORMATS):
-            found += [_one(str(p), given) for p in inner]
-        else:
-            found.append(_one(str(source), given))
-    return found
+    asked = [(b, g) for s, g in zip(sources, settings, strict=True) for b in bundles_at(s)]
+    files: list[Source | None] = []
+    found: list[Inspection] = []
+    for bundle, given in asked:
+        try:
+            one, file = _one(bundle, given)
+            if hash and file is not None:
+                one = _hashed(one, file)
+        except LoratoolsError as cause:
+            if len(asked) == 1:
+                raise
+            one, file = _unread(bundle.name, cause), None
+        found.append(one)
+        files.append(file)
+    for i, first in enumerate(duplicates(files)):
+        if first is not None:
+            found[i] = replace(found[i], duplicate_of=found[first].source)
+    return sorted(found, key=SORTS[sort]) if sort else found
 
 
-def _one(source: str, given: dict[str, str]) -> Inspection:
+def _one(bundle: Bundle, given: dict[str, str]) -> tuple[Inspection, Source | None]:
+    """What a bundle is, and the file that holds its tensors if it is an adapter of one file."""
     try:
-        adapter = formats.read(source, assume=given)
+        adapter = formats.read(bundle, assume=given)
     except LoratoolsError as cause:
         if cause.code != "unknown_type":
             raise
-        looks = cause.message.partition(": ")[2] or cause.message
-        nothing: dict[Any, int] = {}
-        return Inspection(
-            source, None, looks, {}, nothing, nothing, 0, {}, 0, 0, {}, None, None, None, False, (),
-            None,
-        )  # fmt: skip
-    return describe(adapter)
+        known = any(f.detect(bundle) for f in formats.FORMATS)
+        looks = cause.message if known else looks_like(bundle)
+        return _empty(bundle.name, looks), None
+    said = adapter.metadata
+    described = replace(
+        describe(adapter),
+        architecture=architecture(said),
+        title=title(said),
+        trigger_words=trigger_words(said, bundle),
+        tags=frequent_tags(said),
+        stored_hash=said.get("sshs_model_hash"),
+    )
+    name = bundle.chosen or next(iter(adapter.files), None)
+    return described, bundle.open(name) if name is not None and name in bundle else None
+
+
+def _empty(source: str, looks: str | None) -> Inspection:
+    none: dict[Any, int] = {}
+    return Inspection(
+        source, None, looks, {}, none, none, 0, {}, 0, 0, {}, None, None, None, False, (), None
+    )
+
+
+def _unread(source: str, cause: LoratoolsError) -> Inspection:
+    found = Problem(cause.code, cause.message, "error", source)
+    return replace(_empty(source, None), error=found)
+
+
+def _hashed(one: Inspection, file: Source) -> Inspection:
+    """With the hashes of the whole file; a stored one that is not the file's is a warning."""
+    hashes = civitai(file)
+    stored = one.stored_hash
+    if not stored or hashes.tensors is None:
+        return replace(one, hashes=hashes)
+    agrees = same(stored, hashes.tensors)
+    if agrees:
+        return replace(one, hashes=hashes, hash_agrees=True)
+    why = (
+        "the hash of nothing, a trainer's mistake" if stored.lower() == EMPTY else "another file's"
+    )
+    message = (
+        f"{shown(one.source)}: sshs_model_hash is {shown(stored)[:16]} ({why}), "
+        f"its tensors hash to {hashes.tensors[:16]}"
+    )
+    told = Problem("no_match", message, "warning", one.source, None, "search by the computed hash")
+    return replace(one, hashes=hashes, hash_agrees=False, problems=(*one.problems, told))
 
 
 def describe(adapter: Adapter) -> Inspection:

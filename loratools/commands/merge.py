@@ -9,12 +9,12 @@ from time import perf_counter
 from typing import Any
 
 from loratools import receipt
-from loratools.adapter import FLOATS, Adapter, Kind, Leaf, LowRank
+from loratools.adapter import FLOATS, Adapter, Kind, Leaf
 from loratools.commands.check import fit, load_all, ties_from
-from loratools.commands.inspect import as_json, human
+from loratools.commands.inspect import as_json
 from loratools.commands.judging import judge, weights_for
+from loratools.commands.writing import format_named, publish_adapter, ready_for, shared_format
 from loratools.errors import Problem, error, shown
-from loratools.formats import peft
 
 DTYPES = {
     "fp32": "F32", "float32": "F32", "f32": "F32", "fp16": "F16", "float16": "F16", "f16": "F16",
@@ -74,6 +74,7 @@ def merge(
     base: str | Path | None = None,
     *,
     out: str | Path | None = None,
+    to: str | None = None,
     weights: Sequence[float] | str | None = None,
     method: str = "linear",
     rank: int | None = None,
@@ -99,6 +100,7 @@ def merge(
 ) -> MergeResult:
     """Merge adapters into one at `out`, or with `base` fold them into it.
 
+    `to` is the merged adapter's format: by default the one that all inputs share, else peft.
     With `recipe`, a receipt, its output is made again: all that says how comes from there, and
     `adapters` and `base` only say where its inputs may lie.
 
@@ -123,6 +125,7 @@ def merge(
     if not adapters:
         raise error("usage", "merge needs adapters; see `loratools merge --help`")
     method, rank = checked_method(method, rank, energy)
+    to = format_named(to) if to else None
     paths, factors = weights_for([str(a) for a in adapters], weights, required=True)
     if base is None and len(paths) == 1 and weights is None and rank is None and energy is None:
         place = out or "OUT"
@@ -152,6 +155,8 @@ def merge(
     from loratools.commands.numbers import adapter_numbers
 
     problems += adapter_numbers(loaded)
+    if plan is not None and to is not None:
+        raise error("usage", f"--to {shown(to)}: with --base the output is a model; leave --to out")
     if plan is not None:
         from loratools.commands.folded import fold
 
@@ -172,14 +177,18 @@ def merge(
             progress=progress,
         )
     else:
+        made_from["to"] = to = to or shared_format(loaded)
+        aligned = [ready_for(a, to) for a in loaded]
+        problems += [p for one in aligned for p in one.problems]
         judged = judge(problems, allow, fail_on)
         judged.require()
         merged = merge_adapters(
-            loaded, factors, method=method, rank=rank, energy=energy, dtype=kind, only=only,
-            skip=skip,
+            [one.adapter for one in aligned], factors, method=method, rank=rank, energy=energy,
+            dtype=kind, only=only, skip=skip,
         )  # fmt: skip
         result = save_merged(
             merged,
+            to,
             made_from,
             judged.problems,
             judged.waived,
@@ -189,6 +198,7 @@ def merge(
             hash=hash,
             count=len(loaded),
         )
+        result.notes = tuple(dict.fromkeys(note for one in aligned for note in one.notes))
         result.dry_run = dry_run
     result.weights = factors
     result.seconds = perf_counter() - began
@@ -332,11 +342,9 @@ def common_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
     return config
 
 
-# ------------------------------------------------------------------------------- writing
-
-
 def save_merged(
-    merged: Summed,
+    summed: Summed,
+    to: str,
     recipe: dict[str, Any],
     problems: Sequence[Problem],
     waived: Sequence[Problem],
@@ -349,55 +357,34 @@ def save_merged(
     verb: str = "merge",
 ) -> MergeResult:
     """Publish a merged adapter with its receipt, and say what was made."""
-    from loratools.weights.placing import WEIGHTS as SUFFIXES
-    from loratools.weights.publishing import publish
-
-    adapter = merged.adapter
-    ranks = [d.rank for d in adapter.deltas.values() if isinstance(d, LowRank)]
-    nbytes = sum(leaf.nbytes for d in adapter.deltas.values() for leaf in _leaves(d))
-    span = f"rank {min(ranks)}" + (f"-{max(ranks)}" if max(ranks) != min(ranks) else "") if ranks \
-        else "no low-rank pairs"  # fmt: skip
-    what = "adapter" if count == 1 else "adapters"
-    makes = f"{verb}: {count} {what} -> adapter, {span}, {human(nbytes)}"
-    if out is not None:
-        if out.suffix.lower() in SUFFIXES:
-            raise error(
-                "usage", f"-o {shown(out)}: a PEFT adapter is a folder; leave the suffix out"
-            )
-        with publish(out, inputs=inputs, force=force, needed=nbytes + 1_000_000) as output:
-            written = peft.write(adapter, output.folder)
-            files = [p.name for p in output.folder.iterdir()]
-            receipt.write(
-                output.folder,
-                makes=makes,
-                recipe=recipe,
-                device="cpu",
-                files=files,
-                hash=hash,
-                known=written,
-                truncation={
-                    "error": merged.truncation_error,
-                    "by_target": {k: float(f"{v:.6g}") for k, v in merged.by_target.items()},
-                },
-                waived=[as_json(p) for p in waived],
-            )
+    adapter = summed.adapter
+    published = publish_adapter(
+        adapter,
+        to,
+        recipe,
+        out=out,
+        inputs=inputs,
+        force=force,
+        hash=hash,
+        verb=verb,
+        count=count,
+        waived=waived,
+        truncation={
+            "error": summed.truncation_error,
+            "by_target": {k: float(f"{v:.6g}") for k, v in summed.by_target.items()},
+        },
+    )
     return MergeResult(
-        makes=makes,
+        makes=published.makes,
         output=out,
         targets=len(adapter.deltas),
         total=len(adapter.deltas),
         method=recipe.get("method", "linear"),
         weights=[],
-        truncation_error=merged.truncation_error,
+        truncation_error=summed.truncation_error,
         update_kept=None,
         seconds=0.0,
-        nbytes=nbytes,
+        nbytes=published.nbytes,
         problems=tuple(problems),
         adapter=adapter,
     )
-
-
-def _leaves(delta: Kind) -> list[Leaf]:
-    from loratools.adapter import leaves
-
-    return list(leaves(delta))

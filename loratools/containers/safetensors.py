@@ -9,12 +9,14 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter import DTYPE_BITS, Leaf, Source
 from loratools.containers import strict_json
+from loratools.containers.local import LocalFile
 from loratools.containers.looks import what_it_is
 from loratools.errors import LoratoolsError, error, shown
 
@@ -49,6 +51,18 @@ def read_header(source: Source) -> Header:
     Accepts a part of what the library accepts; specs/formats/safetensors.md lists the rest with
     reasons. Raises malformed, truncated, duplicate, or not_weights for a file of another sort.
     """
+    if not isinstance(source, LocalFile):
+        return _read(source)
+    kept = _recent(source)
+    return replace(kept, leaves=dict(kept.leaves), metadata=dict(kept.metadata))
+
+
+@lru_cache(maxsize=2)  # every format that asks what a file is reads its header
+def _recent(source: LocalFile) -> Header:
+    return _read(source)
+
+
+def _read(source: Source) -> Header:
     what = shown(source.name)
     start = 8 + _header_length(source)
     raw = source.read(0, start)

@@ -8,12 +8,45 @@ from types import ModuleType
 
 from loratools.adapter import Adapter
 from loratools.containers.bundle import Bundle, folders, local
-from loratools.containers.looks import what_it_is
 from loratools.errors import error, shown
-from loratools.formats import peft
+from loratools.formats import (
+    adapterhub,
+    bfl,
+    cloneofsimo,
+    comfy,
+    diffusers,
+    gguf,
+    kohya,
+    litgpt,
+    loralib,
+    mlx,
+    nemo,
+    olive,
+    onnx_adapter,
+    peft,
+    raw,
+    torchtune,
+    xlabs,
+)
+from loratools.formats.looking import looks_like as looks_like
 
-FORMATS: tuple[ModuleType, ...] = (peft,)
+# In the order in which they are asked: first those whose files say what they are, then those that
+# know their files by keys, from the telling ones to the plain ones.
+FORMATS: tuple[ModuleType, ...] = (
+    onnx_adapter, gguf, nemo, olive, mlx, litgpt, torchtune, adapterhub, loralib,
+    xlabs, bfl, comfy, cloneofsimo, diffusers, kohya, peft, raw,
+)  # fmt: skip
 NAMES = tuple(f.__name__.rpartition(".")[2] for f in FORMATS)
+_ORDER = "peft kohya diffusers gguf mlx torchtune litgpt adapterhub onnx_adapter".split()
+WRITERS = {name: FORMATS[NAMES.index(name)] for name in _ORDER}
+# Other names of formats: of programs that read them, and of what stands in the same container.
+ALIASES = {
+    "lycoris": "kohya",
+    "comfyui": "kohya",
+    "a1111": "kohya",
+    "civitai": "kohya",
+    "olive": "onnx_adapter",
+}
 
 
 def read(source: str | Path | Bundle, *, assume: Mapping[str, str] | None = None) -> Adapter:
@@ -42,17 +75,3 @@ def adapters_in(bundle: Bundle) -> list[Path]:
         return []
     found = (p for p in folders(bundle.path) if any(f.detect(local(p)) for f in FORMATS))
     return sorted(found, key=lambda p: (len(p.name), p.name))
-
-
-def looks_like(bundle: Bundle) -> str:
-    """What stands there instead of an adapter, in words."""
-    if not bundle.names:
-        return "an empty folder"
-    if "config.json" in bundle and any(n.endswith((".safetensors", ".bin")) for n in bundle.names):
-        return "a base model (config.json and weights), not an adapter"
-    if "adapter_config.json" in bundle:
-        return "an adapter_config.json without the weights file beside it"
-    if bundle.chosen is not None:
-        source = bundle.open(bundle.chosen)
-        return what_it_is(source.read(0, min(64, source.size))) or "a file of some other sort"
-    return f"no adapter among {len(bundle.names)} files"

@@ -27,11 +27,13 @@ from loratools.formats.peft_config import (
     unusual,
 )
 from loratools.formats.peft_keys import PARTS, TOKENS, Module, group, is_lora
-from loratools.formats.peft_writing import disassemble
+from loratools.formats.peft_writing import beyond, disassemble
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 READ_TYPES = ("LORA", "TRAINABLE_TOKENS")
+SUFFIX: str | None = None
+VOCABULARY = "hf"
 
 
 def detect(bundle: Bundle) -> bool:
@@ -315,12 +317,23 @@ def _saved(
 # ------------------------------------------------------------------------------- writing
 
 
+def lost(adapter: Adapter) -> list[Problem]:
+    """What PEFT has no place for: differences in full, a bias alone, a norm over columns."""
+    return [
+        Problem("loss", f"{shown(key)}: PEFT has no place for {what}", "error", adapter.name, key)
+        for key, what in beyond(adapter).items()
+    ]
+
+
 def write(adapter: Adapter, folder: Path) -> dict[str, str]:
     """Write adapter_config.json and adapter_model.safetensors into a folder; sha256 by file name.
 
     Factors, alphas and dtypes stand as they are in the adapter; fields of a PEFT config are kept.
+    What `lost` names is left out.
     """
-    tensors, config = disassemble(adapter)
+    left_out = beyond(adapter)
+    kept = {key: delta for key, delta in adapter.deltas.items() if key not in left_out}
+    tensors, config = disassemble(replace(adapter, deltas=kept))
     # Not sorted: the first pattern that matches counts, and PEFT reads them in the file's order.
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")

@@ -12,6 +12,27 @@ from loratools.formats.peft_config import config_for, saves_itself, twice
 from loratools.formats.peft_keys import BASE, PREFIX, TOKENS, saved_stem
 
 
+def beyond(adapter: Adapter) -> dict[str, str]:
+    """The keys of an adapter that PEFT has no place for, with what stands there."""
+    pairs = {k.rpartition(".")[0] for k, d in adapter.deltas.items() if _low_rank(d)}
+    found = {}
+    for key, delta in adapter.deltas.items():
+        module, _, parameter = key.rpartition(".")
+        rest: Kind | None = delta
+        while isinstance(rest, Replace):
+            rest = rest.then
+        match rest:
+            case Renormed(axis="in"):
+                found[key] = "a DoRA whose norm runs over columns"
+            case Renormed(delta=Dense()):
+                found[key] = "a DoRA over a difference in full"
+            case Dense() if parameter != "bias":
+                found[key] = "a difference in full"
+            case Dense() if module not in pairs:
+                found[key] = "a bias of a module without a pair"
+    return found
+
+
 def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
     """PEFT's tensors by key, and its config.
 

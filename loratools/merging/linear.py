@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from loratools.adapter import Kind, Leaf, LowRank, Replace
-from loratools.algebra import Additive, add, held, scaled, widen
+from loratools.algebra import add, held, scaled, widen
 from loratools.errors import error
+from loratools.rewriting import Additive
 from loratools.truncating import truncate
 
 

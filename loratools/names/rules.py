@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +16,7 @@ class Rule:
 
     `{n}`, `{m}`, `{k}` in names stand for a number, the same on both sides. `order` names how the
     rows of each part are rearranged on the way to `whole`, `sizes` how many rows each part has.
+    Where the parameter has another name too (a norm's `weight` and `scale`), the names end with it.
     """
 
     parts: tuple[str, ...]
@@ -87,6 +88,16 @@ def _blur(name: str) -> str:
     return ".".join("#" if piece.isdigit() else piece for piece in name.split("."))
 
 
+def asked(find: Callable[[str], Found | None], key: str) -> tuple[Found, str] | None:
+    """The rule for a whole key, or else for its module, and what the rule leaves to be added."""
+    found = find(key)
+    if found is not None:
+        return found, ""
+    module, dot, parameter = key.rpartition(".")
+    found = find(module)
+    return None if found is None else (found, dot + parameter)
+
+
 @lru_cache(maxsize=4096)
 def pattern(template: str, separator: str = ".") -> re.Pattern[str]:
     """A template as an expression without repetition; with "_" as separator, for mangled names."""
@@ -112,3 +123,21 @@ def renames(pairs: Sequence[str], *, first: str = "", second: str = "") -> Itera
     for line in pairs:
         old, new = line.split()
         yield Rule((first + old,), second + new)
+
+
+def table(text: str, *, first: str = "", second: str = "") -> tuple[Rule, ...]:
+    """Rules from lines "part whole order=... sizes=...", with a prefix put before either side.
+
+    `to_[q,k,v]` stands for three parts; a name that stands alone is the same on both sides.
+    """
+    rules = []
+    for words in map(str.split, filter(str.strip, text.splitlines())):
+        names = [word for word in words if "=" not in word]
+        said = dict(word.split("=") for word in words if "=" in word)
+        head, _, rest = names[0].partition("[")
+        middle, _, tail = rest.partition("]")
+        parts = tuple(f"{first}{head}{each}{tail}" for each in middle.split(","))
+        rules.append(
+            Rule(parts, second + names[-1], said.get("order", ""), said.get("sizes", "equal"))
+        )
+    return tuple(rules)

@@ -77,3 +77,49 @@ def test_typical_mistakes(here, run):
     glob = run("check", "a", "-b", "base", "--only", "attn")
     assert glob.status == 2
     assert "names no target; targets are model.layers.0" in glob.err
+
+
+# ------------------------------------------------------------------------------- for a reader
+
+
+def test_a_reader_that_takes_it_ends_in_the_line_to_paste(here, run):
+    ended = run("check", "a", "--base", "base", "--for", "vllm@0.11.0")
+    assert ended.status == 0
+    assert ended.out.splitlines() == [
+        "ok: 4 of 4 targets match the base",
+        "vllm serve base --enable-lora --max-lora-rank 8 --lora-modules a=a",
+    ]
+    table = run("check", "a", "--for", "vllm", "--json").json
+    assert table["reader"] == "vllm"
+    assert table["line"].startswith("vllm serve BASE --enable-lora")
+    assert run("check", "a", "--json").json["line"] is None
+
+
+def test_a_reader_that_does_not_ends_in_what_makes_it_acceptable(here, run):
+    ended = run("check", "a", "--for", "llama.cpp")
+    assert ended.status == 5
+    assert "error[reader_refuses]: a: llama.cpp refuses it: " in ended.out
+    assert ended.out.splitlines()[-2].startswith("not for llama.cpp: 1 error; ")
+    assert ended.out.splitlines()[-1] == (
+        "loratools convert a --to gguf --base BASE -o a-llama.cpp.gguf"
+    )
+    write_adapter(here / "odd", r=8)
+    both = run("check", "odd", "--base", "base", "--for", "llama.cpp")
+    assert both.status == 4
+    assert both.out.splitlines()[-1].startswith("does not fit: ")
+
+
+def test_a_reader_is_waived_by_its_rule(here, run):
+    waived = run("check", "a", "--for", "llama.cpp", "--allow", "reader_refuses:llama.cpp.format")
+    assert waived.status == 0
+    assert waived.out.splitlines()[-1] == "llama-server -m BASE.gguf --lora a"
+
+
+@pytest.mark.parametrize(
+    ("reader", "said"),
+    [("whatever", "no such reader; known are vllm"), ("vllm@new", "expected numbers and dots")],
+)
+def test_no_reader_and_no_version(here, run, reader, said):
+    ended = run("check", "a", "--for", reader)
+    assert ended.status == 2
+    assert said in ended.err

@@ -121,3 +121,69 @@ def test_typical_mistakes(here, run):
     whole = (here / "a" / "adapter_model.safetensors").read_bytes()
     (here / "cut" / "adapter_model.safetensors").write_bytes(whole[:-100])
     assert run("inspect", "cut").status == 3
+
+
+# ------------------------------------------------------------------------------- folders, hashes
+
+
+def test_the_order_of_the_table(here, run):
+    for name, rank in (("x", 2), ("y", 8), ("z", 4)):
+        write_adapter(here / "runs" / name, 3, rank=rank)
+    by_name = run("inspect", "runs").out.splitlines()[1:]
+    assert [line.split()[0] for line in by_name] == ["runs/x", "runs/y", "runs/z"]
+    by_rank = run("inspect", "runs", "--sort", "rank").out.splitlines()[1:]
+    assert [line.split()[0] for line in by_rank] == ["runs/y", "runs/z", "runs/x"]
+    assert run("inspect", "runs", "--sort", "colour").status == 2
+
+
+def test_a_bad_file_is_a_row_and_decides_on_the_status(here, run):
+    write_adapter(here / "runs" / "good", 3)
+    bad = write_adapter(here / "runs" / "cut", 4) / "adapter_model.safetensors"
+    bad.write_bytes(bad.read_bytes()[:-11])
+    ended = run("inspect", "runs")
+    assert ended.status == 3
+    assert "runs/good" in ended.out
+    [line] = [text for text in ended.out.splitlines() if "truncated" in text]
+    assert line.startswith("  error[truncated]: ")
+    assert "11 bytes are missing" in line
+    with_json = run("inspect", "runs", "--json")
+    assert with_json.status == 3
+    errors = {i["source"]: i["error"] and i["error"]["code"] for i in with_json.json["items"]}
+    assert errors == {"runs/good": None, "runs/cut": "truncated"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\nsize 77\n", "git-lfs pointer"),
+        (b"<!doctype html><html>", "web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "x.pt", "x.gguf", "x.onnx_adapter"])
+def test_what_is_not_the_file_exits_with_3(here, run, name, raw, said):
+    (here / name).write_bytes(raw)
+    ended = run("inspect", name)
+    assert ended.status == 3
+    assert said in ended.err
+
+
+def test_hashes_words_and_duplicates(here, run):
+    write_adapter(here / "runs" / "one", 3)
+    write_adapter(here / "runs" / "two", 3)
+    table = run("inspect", "runs", "--hash").out
+    assert table.splitlines()[0].split()[-2:] == ["AutoV2", "AutoV3"]
+    assert "  runs/two: holds the same tensors as runs/one" in table
+    alone = run("inspect", "runs/one", "--hash")
+    said = dict(line.split(None, 1) for line in alone.out.splitlines()[1:])
+    assert said["AutoV3"] in table
+    assert run("inspect", "runs/one", "--json").json["hashes"] is None
+
+
+def test_every_key_that_was_shipped_is_there(here, run):
+    keys = (
+        "source format looks_like kinds ranks scalings targets modules parameters bytes dtypes "
+        "base task foldable problems error architecture title trigger_words tags hashes "
+        "duplicate_of schema"
+    )
+    assert set(run("inspect", "a", "--json").json) == set(keys.split())
+    assert set(run("inspect", "base", "--json").json) == set(keys.split())

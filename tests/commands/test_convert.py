@@ -149,7 +149,7 @@ def test_the_rank_of_dora_needs_the_base_and_all_adapters_are_looked_at_first(tm
     assert convert(paths[1], out=tmp_path / "same")[0].lossless
 
 
-@pytest.mark.parametrize("to", ["kohya", "civitai", "onnx_adapter", "nothing\x1b"])
+@pytest.mark.parametrize("to", ["loralib", "xlabs", "raw", "nothing\x1b"])
 def test_formats_that_are_not_written(tmp_path, to):
     with pytest.raises(UsageError, match="this version writes peft"):
         convert(write_adapter(tmp_path / "a"), to=to, out=tmp_path / "out")
