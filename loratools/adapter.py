@@ -65,6 +65,7 @@ class Leaf:
     strides: tuple[int, ...] | None = None
     held: Any = field(default=None, repr=False, compare=False)
     made: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
+    scale: Leaf | None = field(default=None, repr=False, compare=False)  # of a base's fp8 weight
 
     @property
     def numel(self) -> int:
@@ -155,6 +156,94 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class Hadamard:
+    """ΔW = scaling · (W1a·W1b) ∘ (W2a·W2b) (LoHa, arXiv 2108.06098), in the weight's `shape`.
+
+    W_a (out, rank) and W_b (rank, in * kernel); with cores t (rank, rank, *kernel) they are
+    (rank, out) and (rank, in).
+    """
+
+    w1_a: Leaf
+    w1_b: Leaf
+    w2_a: Leaf
+    w2_b: Leaf
+    shape: tuple[int, ...]
+    scaling: float
+    alpha: float | None = None
+    t1: Leaf | None = None
+    t2: Leaf | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker:
+    """ΔW = scaling · W1 ⊗ W2 (LoKr, arXiv 2309.14859), in the weight's `shape`.
+
+    Either is whole, or a product of its factors a (rows, rank) and b (rank, columns); W2's with a
+    core t2 (rank, rank, *kernel) as in `Hadamard`.
+    """
+
+    shape: tuple[int, ...]
+    scaling: float
+    alpha: float | None = None
+    w1: Leaf | None = None
+    w1_a: Leaf | None = None
+    w1_b: Leaf | None = None
+    w2: Leaf | None = None
+    w2_a: Leaf | None = None
+    w2_b: Leaf | None = None
+    t2: Leaf | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """ΔW = scaling · values at `indices` (2, n: rows and columns), zero elsewhere (SHiRA)."""
+
+    values: Leaf
+    indices: Leaf
+    shape: tuple[int, ...]
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spectral:
+    """ΔW made of a few coefficients by a fixed transform, which needs the whole weight at once.
+
+    `method` names it (fourier, wavelet, circulant, ...), `parts` are what was trained.
+    """
+
+    method: str
+    parts: Mapping[str, Leaf]
+    shape: tuple[int, ...]
+    scaling: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """ΔW[e] = scaling · B[e]·A[e] of a weight (experts, out, in), one row of it to each expert.
+
+    A (experts, rank, in), B (experts, out, rank). `over` says which side A is on, where a file
+    leaves it to the base: the module's input or output, the stored weight's `first` axis, or
+    nothing known ("").
+    """
+
+    a: Leaf
+    b: Leaf
+    scaling: float
+    alpha: float | None = None
+    over: Literal["in", "out", "first", ""] = "in"
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(experts, out, in)."""
+        return (self.a.shape[0], self.b.shape[1], self.a.shape[2])
+
+
+@dataclass(frozen=True, slots=True)
 class Renormed:
     """W = m ∘ (W0 + ΔW) / ‖W0 + ΔW‖ (DoRA, arXiv 2402.09353).
 
@@ -162,10 +251,45 @@ class Renormed:
     "in": one per input column. `norm` is set by `algebra.prepare` where a first pass is needed.
     """
 
-    delta: LowRank | Dense
+    delta: Additive
     magnitude: Leaf
     axis: Literal["out", "in"] = "out"
     norm: Leaf | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """W = W0 ∘ (offset + factor), by rows, columns or elements ((IA)³, arXiv 2205.05638; HiRA).
+
+    The factor is a vector, or (by elements) an additive delta.
+    """
+
+    by: Literal["rows", "columns", "elements"]
+    factor: Leaf | Additive
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """W = R·W0 ("out") or W0·Rᵀ ("in"), R orthogonal or nearly, made from `parts` by `method`.
+
+    OFT (arXiv 2306.07280), BOFT (2311.06243), HRA (2405.17484), RoAd (2409.00119).
+    """
+
+    method: str
+    side: Literal["out", "in"]
+    parts: Mapping[str, Leaf]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Chained:
+    """W = W0 + a sum whose terms contain W0, by `method` (GLoRA, arXiv 2306.07967)."""
+
+    method: str
+    parts: Mapping[str, Leaf]
+    scaling: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +304,10 @@ class Replace:
     then: Kind | None = None
 
 
-Kind = LowRank | Dense | Renormed | Replace
+Made = Hadamard | Kronecker | Sparse | Spectral | Experts  # additive, each with a file in kinds/
+Additive = LowRank | Dense | Made
+Relative = Scaled | Rotated | Chained  # functions of W0, each with a file in kinds/
+Kind = Additive | Renormed | Relative | Replace
 
 
 def leaves(kind: Any) -> Iterator[Leaf]:
@@ -191,9 +318,52 @@ def leaves(kind: Any) -> Iterator[Leaf]:
             yield value
         elif isinstance(value, Kind):
             yield from leaves(value)
+        elif f.name == "parts":
+            yield from value.values()
 
 
 # ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a base must have for a runtime adapter to run on it; None or empty: nothing asked."""
+
+    hidden: int | None = None  # the width of its hidden states
+    embedding: int | None = None  # the width of its input embeddings
+    prefix: int | None = None  # 2 · layers · width of a layer's keys: one row of a prefix
+    layers: int | None = None  # how many it has
+    modules: tuple[str, ...] = ()  # layers by their paths
+    tokens: int | None = None  # the greatest token id that it must know
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What acts where the model runs, and is no function of a weight; described, not computed.
+
+    `tensors` are the method's own, by the keys of the file; `virtual` is what a prompt or a prefix
+    comes to (tokens, width), `plain` the tensors of the plain bottleneck that a Compacter is.
+    """
+
+    method: str
+    tensors: Mapping[str, Leaf]
+    numbers: Mapping[str, Any]
+    needs: Needs = field(default_factory=Needs)
+    virtual: Leaf | None = None
+    plain: Mapping[str, Leaf] = field(default_factory=dict)
+
+
+class Original(dict[str, Leaf]):
+    """A file's tensors by key, with the deltas that they are: another delta is seen to be one."""
+
+    def __init__(self, tensors: Mapping[str, Leaf], deltas: Mapping[str, Kind]) -> None:
+        super().__init__(tensors)
+        self.deltas = dict(deltas)
+
+    def are(self, deltas: Mapping[str, Kind]) -> bool:
+        """Whether these are the very deltas that were read."""
+        same = self.deltas.keys() == deltas.keys()
+        return same and all(deltas[key] is delta for key, delta in self.deltas.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +385,9 @@ class Adapter:
     transposed: frozenset[str] = frozenset()  # keys whose stored weight is (in, out)
     problems: tuple[Problem, ...] = ()  # what its own files contradict, decided on by `check`
     assumed: Mapping[str, str] = field(default_factory=dict)
+    # The file's tensors, where deltas are not simply these: written back while deltas are as read.
+    original: Mapping[str, Leaf] = field(default_factory=dict)
+    runtime: Runtime | None = None
 
     @property
     def kinds(self) -> dict[str, int]:

@@ -15,9 +15,28 @@ from typing import Any, Literal, TypeVar, assert_never
 import torch
 from torch import Tensor
 
-from loratools.adapter import Dense, Kind, Leaf, LowRank, Renormed, Replace
+from loratools import kinds
+from loratools.adapter import (
+    Additive,
+    Chained,
+    Dense,
+    Experts,
+    Hadamard,
+    Kind,
+    Kronecker,
+    Leaf,
+    LowRank,
+    Made,
+    Renormed,
+    Replace,
+    Rotated,
+    Scaled,
+    Sparse,
+    Spectral,
+)  # fmt: skip
 from loratools.errors import error
-from loratools.rewriting import Additive, additive, shape, within
+from loratools.kinds import experts
+from loratools.rewriting import additive, lowered, shape, within
 
 K = TypeVar("K", bound=Kind)
 Then = LowRank | Renormed | Replace
@@ -48,6 +67,8 @@ def map_leaves(delta: K, change: Callable[[Leaf], Leaf]) -> K:
             new[name] = change(value)
         elif isinstance(value, Kind):
             new[name] = map_leaves(value, change)
+        elif name == "parts":
+            new[name] = {part: change(leaf) for part, leaf in value.items()}
     return replace(delta, **new)
 
 
@@ -76,6 +97,39 @@ def reach(delta: Kind) -> Literal["rows", "pass"]:
             return reach(then)
         case LowRank() | Dense() | Replace() | Renormed():
             return "rows"
+        case (
+            Hadamard()
+            | Kronecker()
+            | Sparse()
+            | Spectral()
+            | Experts()
+            | Scaled()
+            | Rotated()
+            | Chained()
+        ):
+            return "rows"
+        case _:
+            assert_never(delta)
+
+
+def block(delta: Kind) -> int:
+    """Rows that a tile must hold together: 1, or n where blocks of n mix; 0 for all of them."""
+    match delta:
+        case (
+            Hadamard()
+            | Kronecker()
+            | Sparse()
+            | Spectral()
+            | Experts()
+            | Scaled()
+            | Rotated()
+            | Chained()
+        ):
+            return kinds.block(delta)
+        case Replace(then=then) if then is not None:
+            return block(then)
+        case LowRank() | Dense() | Replace() | Renormed():
+            return 1
         case _:
             assert_never(delta)
 
@@ -91,6 +145,17 @@ def prepare(delta: Kind, tiles: Tiles) -> Kind:
             return LowRank(held(a), held(b), 1.0)
         case Dense(diff=diff, scaling=scaling):
             return Dense(held(matrix(widen(diff)) * scaling))
+        case (
+            Hadamard()
+            | Kronecker()
+            | Sparse()
+            | Spectral()
+            | Experts()
+            | Scaled()
+            | Rotated()
+            | Chained()
+        ):
+            return kinds.ready(delta)
         case Replace(value=value, rows=rows, then=then):
             new = Replace(held(matrix(widen(value))), rows)
 
@@ -119,8 +184,10 @@ def apply(delta: Kind, w0: Tensor, start: int = 0, out: Tensor | None = None) ->
     `out`, where given, may be used for the result, and may be `w0`, which is else never changed.
     """
     match delta:
-        case LowRank() | Dense():
+        case LowRank() | Dense() | Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
             return _plus(delta, w0, start, out)
+        case Scaled() | Rotated() | Chained():
+            return kinds.apply(delta, w0, start)
         case Renormed(delta=inner, magnitude=magnitude, axis=axis, norm=norm):
             w = _plus(inner, w0, start, out)
             m = widen(magnitude).reshape(-1)
@@ -152,6 +219,8 @@ def update(delta: Additive, start: int, height: int) -> Tensor:
             return b[start : start + height] @ a
         case Dense(diff=diff, scaling=scaling):
             return matrix(widen(diff))[start : start + height] * scaling
+        case Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
+            return kinds.rows(delta, start, min(start + height, delta.shape[0]))
         case _:
             assert_never(delta)
 
@@ -233,7 +302,9 @@ def materialise(delta: Kind, w0: Tensor | None = None) -> Tensor:
             return (b @ a).reshape(b.shape[0], *delta.a.shape[1:])
         case Dense(diff=diff, scaling=scaling):
             return widen(diff) * scaling
-        case Renormed() | Replace():
+        case Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
+            return kinds.rows(delta, 0, delta.shape[0]).reshape(delta.shape)
+        case Renormed() | Replace() | Scaled() | Rotated() | Chained():
             if w0 is None:
                 raise error("needs_base", f"{type(delta).__name__} has no ΔW without its base")
             wide = matrix(w0.to(torch.float64))
@@ -255,7 +326,11 @@ def scaled(delta: Additive, weight: float) -> Additive:
             return replace(delta, scaling=delta.scaling * weight, alpha=None)
         case Dense():
             return replace(delta, scaling=delta.scaling * weight)
-        case Renormed() | Replace():
+        case Hadamard() | Kronecker() | Experts():
+            return replace(delta, scaling=delta.scaling * weight, alpha=None)
+        case Sparse() | Spectral():
+            return replace(delta, scaling=delta.scaling * weight)
+        case Renormed() | Replace() | Scaled() | Rotated() | Chained():
             raise error("needs_base", f"{type(delta).__name__} cannot be scaled without its base")
         case _:
             assert_never(delta)
@@ -269,6 +344,12 @@ def add(deltas: Sequence[Additive]) -> Additive:
     if len(deltas) == 1 and deltas[0].scaling == 1:
         return deltas[0]
     same_shape(deltas)
+    stacks = [d for d in deltas if isinstance(d, Experts)]
+    if len(stacks) == len(deltas):
+        if len({d.over for d in stacks}) > 1:
+            raise error("needs_base", "which side of the experts A is on differs or is not known")
+        return experts.added(stacks)
+    deltas = [lowered(d) if isinstance(d, Made) else d for d in deltas]
     low = [d for d in deltas if isinstance(d, LowRank)]
     if len(low) == len(deltas):
         pairs = [factors(d) for d in low]

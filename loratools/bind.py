@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from loratools import kinds
 from loratools.adapter import (
     DTYPE_BITS,
     FLOATS,
     Adapter,
+    Experts,
     Kind,
     Leaf,
     LowRank,
     Place,
+    Relative,
     Renormed,
     Replace,
 )
 from loratools.errors import Problem, shown
+from loratools.experts import ambiguous, is_transposed
+from loratools.findings import about_base, about_components, base_names, unmatched
 from loratools.fitting import fitted
-from loratools.names.prefixes import Prefix, find_prefix, nearest
+from loratools.names.checkpoints import DENOISERS, Addresses, Checkpoint
+from loratools.names.gguf import differing
+from loratools.names.prefixes import Prefix, find_prefix
 from loratools.plan import Plan, Target, Term, Ties, module_shape, stored_shape
+from loratools.sizing import may_be_absent, one_weight, settled
+from loratools.views import padded
 from loratools.vocabulary import is_head, last, one_vocabulary, output_shape, settle_ties
-from loratools.weights.base import CONV1D_LAYERS, EMBEDDINGS, HEADS, Base, is_hub_id
+from loratools.weights.base import CONV1D_LAYERS, EMBEDDINGS, HEADS, Base
+from loratools.weights.scaled import is_companion
+
+# The layers that take an image's channels, in diffusers' names and in the models' own.
+INPUTS = frozenset(
+    f"{module}.weight"
+    for module in "x_embedder img_in conv_in input_blocks.0.0 patch_embedding".split()
+)
+
+Weight = float | Callable[..., float]  # of all targets, or of one by its names
 
 
 @dataclass(slots=True)
@@ -32,8 +49,9 @@ class _Binding:
     number: int
     adapter: Adapter
     base: Base
-    weight: float
+    weight: Weight
     ties: Ties | None
+    addresses: Addresses | None = None  # where the base is an image model's
     prefix: Prefix = field(default_factory=Prefix)
     problems: list[Problem] = field(default_factory=list)
     terms: dict[str, list[Term]] = field(default_factory=dict)
@@ -50,29 +68,34 @@ def bind(
     adapters: Sequence[Adapter],
     base: Base,
     *,
-    weights: Sequence[float] | None = None,
-    chosen: Callable[[str], bool] = lambda _: True,
+    weights: Sequence[Weight] | None = None,
+    chosen: Callable[..., bool] = lambda *_: True,
     ties: Ties | None = None,
 ) -> Plan:
     """Fit adapters to a base; every problem of every adapter is in the plan's `problems`.
 
-    `chosen` tells by target name which deltas take part; `ties` says what to do where embedding
-    and head are one stored tensor. Reads no weight and needs no torch.
+    `chosen` tells by target name (then by the other names it has in an image model) which deltas
+    take part, a weight that is a function what they weigh (0: left out); `ties` says what to do
+    where embedding and head are one stored tensor. Reads no
+    weight and needs no torch.
     """
-    factors = list(weights) if weights is not None else [1.0] * len(adapters)
-    problems: list[Problem] = [*base.problems, *_about_base(base)]
+    factors: Sequence[Weight] = weights if weights is not None else [1.0] * len(adapters)
+    problems: list[Problem] = [*base.problems, *about_base(base)]
     merged: dict[str, list[Term]] = {}
     bound: list[_Binding] = []
+    names = [name for name in base.tensors if not is_companion(name)]
+    where = Checkpoint(names, bool(base.components), _called(base))
     for number, (adapter, weight) in enumerate(zip(adapters, factors, strict=True)):
-        fit = fitted(adapter, base.tensors, base.config)
-        one = _Binding(number, fit, base, weight, ties)
-        problems += fit.problems
+        fit = fitted(adapter, base.tensors, base.config, where)
+        one = _Binding(number, fit.adapter, base, weight, ties, fit.addresses)
+        problems += fit.adapter.problems
         _fit(one, chosen)
         problems += one.problems
         bound.append(one)
         for name, terms in one.terms.items():
             merged.setdefault(name, []).extend(terms)
     targets, untied = _targets(base, merged, ties, problems)
+    problems += about_components(base, targets)
     if not targets and not any(p.severity == "error" for p in problems):
         problems.append(Problem("no_effect", "no target is left to change"))
     return Plan(
@@ -87,9 +110,9 @@ def bind(
     )
 
 
-def _about_base(base: Base) -> Iterator[Problem]:
-    if base.quantised:
-        yield Problem("quantised_base", f"{shown(base.name)} is quantised ({base.quantised})")
+def _called(base: Base) -> str:
+    """The component that a base's folder is called after."""
+    return base.bundle.path.name if base.bundle.path is not None else ""
 
 
 # ------------------------------------------------------------------------------- one adapter
@@ -100,22 +123,35 @@ def _fit(one: _Binding, chosen: Callable[[str], bool]) -> None:
     keys = _weight_names(adapter, base)
     tie = base.tied()
     there = set(base.tensors) | ({tie[0]} if tie else set())
-    needed = [name for key, name in keys.items() if not _may_be_new(key, adapter)]
+    free = (_may_be_new, may_be_absent)
+    needed = [name for key, name in keys.items() if not any(f(key, adapter) for f in free)]
     one.prefix = find_prefix(needed or list(keys.values()), there)
+    one.adapter = adapter = _sized(one, keys)
     lost: dict[str, str] = {}
     for key, name in keys.items():
         target = one.prefix(name)
-        if not chosen(target):
+        names = (target, *(one.addresses.known_as(target) if one.addresses else ()))
+        weight = _weight(one, names) if chosen(*names) else 0.0
+        if not weight:
             one.left_out += 1
         elif target in there:
-            _place(one, key, target)
-        elif _may_be_new(key, adapter):
-            _new_head(one, key, name)
+            _place(one, key, target, weight)
+        elif one.addresses is None and _may_be_new(key, adapter):
+            _new_head(one, key, name, weight)
+        elif may_be_absent(key, adapter):
+            one.left_out += 1
         else:
             lost[key] = target
-    if lost:
-        _unmatched(one, lost, there, len(keys) - one.left_out)
-    _base_names(one)
+    known = one.addresses.roots if one.addresses else ()
+    found = [] if not lost else unmatched(lost, there, len(keys) - one.left_out, known)
+    said = [*found, *base_names(adapter, base)]
+    one.problems += (replace(p, adapter=adapter.name) for p in said)
+    if one.adapter.format == "gguf" and (other := differing(one.adapter.config, one.base.config)):
+        one.problem("other_base", other)
+
+
+def _weight(one: _Binding, names: Sequence[str]) -> float:
+    return one.weight(*names) if callable(one.weight) else one.weight
 
 
 def _weight_names(adapter: Adapter, base: Base) -> dict[str, str]:
@@ -136,7 +172,20 @@ def _may_be_new(key: str, adapter: Adapter) -> bool:
     return whole and not any(piece.isdigit() for piece in key.split(".")[:-2])
 
 
-def _place(one: _Binding, key: str, target: str) -> None:
+def _sized(one: _Binding, keys: Mapping[str, str]) -> Adapter:
+    """The adapter with what depends on the sizes of its weights settled."""
+
+    def find(key: str) -> tuple[Leaf, bool] | None:
+        target = one.prefix(keys.get(key, key))
+        leaf = one.base.tensors.get(target)
+        if leaf is None:
+            return None
+        return leaf, key in keys and _is_transposed(one, key, target, leaf)
+
+    return settled(one.adapter, find)
+
+
+def _place(one: _Binding, key: str, target: str, weight: float) -> None:
     """Put one delta where it belongs, if its shape allows."""
     delta = one.adapter.deltas[key]
     leaf = one.base.tensors.get(target)
@@ -156,23 +205,28 @@ def _place(one: _Binding, key: str, target: str) -> None:
         return
     scales = (f"{target}_scale", f"{target}_scale_inv", target[: -len("weight")] + "scale_weight")
     scale = next((s for s in scales if s in one.base.tensors), None)
-    if scale is not None and DTYPE_BITS[leaf.dtype] == 8:
+    if scale is not None and DTYPE_BITS[leaf.dtype] == 8 and leaf.scale is None:
         message = f"{shown(target)} is {leaf.dtype} with {shown(scale)}: numbers and their scale"
         one.problem("quantised_base", message, target)
         return
     transposed = _is_transposed(one, key, target, leaf)
+    delta = _widened(one, target, delta, leaf)
     if not _shape_fits(one, target, delta, leaf, transposed):
         return
     place = Place(target, transposed)
-    one.terms.setdefault(target, []).append(Term(one.number, key, delta, place, one.weight))
+    one.terms.setdefault(target, []).append(Term(one.number, key, delta, place, weight))
 
 
 def _is_transposed(one: _Binding, key: str, target: str, leaf: Leaf) -> bool:
     """Whether the base stores this weight (in, out): the architecture decides, not the shape."""
     delta, config = one.adapter.deltas[key], one.adapter.config
-    if key in one.adapter.transposed:
-        return True
+    if isinstance(delta, Experts):
+        return _is_stack_transposed(one, delta, target, leaf)
+    if key in one.adapter.transposed or one.addresses is not None:
+        return key in one.adapter.transposed
     shape = module_shape(delta)
+    if shape is None and isinstance(delta, Relative):
+        return _turned_unseen(one, delta, target, leaf)
     if shape is None or len(shape) != 2 or len(leaf.shape) != 2:
         return False
     says = config.get("fan_in_fan_out") is True
@@ -193,16 +247,52 @@ def _is_transposed(one: _Binding, key: str, target: str, leaf: Leaf) -> bool:
     return leaf.shape == (shape[1], shape[0])
 
 
+def _turned_unseen(one: _Binding, delta: Relative, target: str, leaf: Leaf) -> bool:
+    """Whether a weight is stored (in, out), where the delta knows no more than one of its sides."""
+    if len(leaf.shape) != 2:
+        return False
+    if one.base.config.get("model_type"):
+        return one.base.is_conv1d and last(target) in CONV1D_LAYERS
+    fits, turned = (kinds.fits(delta, s) is None for s in (leaf.shape, leaf.shape[::-1]))
+    return one.adapter.config.get("fan_in_fan_out") is True if fits == turned else turned
+
+
+def _is_stack_transposed(one: _Binding, delta: Experts, target: str, leaf: Leaf) -> bool:
+    """Whether the base stores a stack of experts (experts, in, out) of this delta."""
+    votes = []
+    for key, other in one.adapter.deltas.items():
+        stored = one.base.tensors.get(one.prefix(key))
+        if isinstance(other, Experts) and stored is not None and len(set(other.shape[1:])) == 2:
+            votes.append(stored.shape == (other.shape[0], *other.shape[:0:-1]))
+    assumed = "experts" in one.adapter.assumed
+    config = one.base.config
+    found = is_transposed(delta, leaf.shape, votes=votes, config=config, assumed=assumed)
+    if found is None:
+        problem = ambiguous(one.adapter.name, target, delta)
+        if problem not in one.problems:
+            one.problems.append(problem)
+    return bool(found)
+
+
 def _shape_fits(one: _Binding, target: str, delta: Kind, leaf: Leaf, transposed: bool) -> bool:
+    if isinstance(delta, Relative):
+        why = kinds.fits(delta, leaf.shape[::-1] if transposed else leaf.shape)
+        if why is not None:
+            one.problem("shape_mismatch", f"{shown(target)}: {why}", target)
+        return why is None
     shape, stored = stored_shape(delta, transposed), leaf.shape
     named = one.adapter.config.get("base_model_name_or_path")
     hint = f'; its config names "{shown(named)}"' if isinstance(named, str) and named else ""
     if isinstance(delta, Replace):
         is_vocabulary = last(target) in {*EMBEDDINGS, *HEADS} or is_head(target)
+        is_vocabulary = is_vocabulary and one.addresses is None
         free = delta.rows is not None or is_vocabulary  # in its number of rows
         if shape == stored or (free and shape and stored and shape[1:] == stored[1:]):
             return _then_fits(one, target, delta, leaf, transposed)
-    elif _without_ones(shape) == _without_ones(stored) and not (transposed and len(shape) > 2):
+    elif isinstance(delta, Experts):
+        if shape == stored:
+            return True
+    elif one_weight(shape, stored) and not (transposed and len(shape) > 2):
         return True
     if len(shape) == len(stored) > 2 and (shape[0], *shape[2:]) == (stored[0], *stored[2:]):
         grouped, rest = divmod(shape[1], stored[1]) if stored[1] else (0, 0)
@@ -211,6 +301,12 @@ def _shape_fits(one: _Binding, target: str, delta: Kind, leaf: Leaf, transposed:
                 f"; the base's convolution has {grouped} groups: an update that mixes all input "
                 "channels has no place in its weight"
             )
+    if len(shape) == len(stored) and _is_input(one, target) and shape[:1] == stored[:1]:
+        more = shape[1] - stored[1]
+        hint = (
+            f"; a control or inpainting adapter, which reads {more} more channels than this base "
+            f"has: fold it into the base that it was made for, whose layer takes {shape[1]}"
+        )
     one.problem(
         "shape_mismatch",
         f"{shown(target)}: adapter is {shape}, base is {stored}{hint}",
@@ -219,73 +315,47 @@ def _shape_fits(one: _Binding, target: str, delta: Kind, leaf: Leaf, transposed:
     return False
 
 
+def _is_input(one: _Binding, target: str) -> bool:
+    """Whether a weight is the first layer of what makes the image, as wide as its channels."""
+    address = one.addresses.names.get(target, "") if one.addresses else ""
+    root, _, rest = address.partition(".")
+    return root in DENOISERS and rest in INPUTS
+
+
+def _widened(one: _Binding, target: str, delta: Kind, leaf: Leaf) -> Kind:
+    """A delta of the first layer with zeros for the channels that only the base has.
+
+    Control and inpainting models have the image's own channels first (diffusers does the same,
+    diffusers:loaders/lora_pipeline.py, and ComfyUI).
+    """
+    shape, stored = module_shape(delta), leaf.shape
+    if not isinstance(delta, LowRank) or shape is None or len(shape) != len(stored):
+        return delta
+    if (shape[0], *shape[2:]) != (stored[0], *stored[2:]) or not _is_input(one, target):
+        return delta
+    more = stored[1] - shape[1]
+    if more <= 0:
+        return delta
+    one.problem(
+        "shape_mismatch",
+        f"{shown(target)}: the adapter knows {shape[1]} of the base's {stored[1]} channels; the "
+        "others are left as they are",
+        target,
+        severity="note",
+    )
+    return replace(delta, a=padded(delta.a, 0, more, 1))
+
+
 def _then_fits(one: _Binding, target: str, delta: Replace, leaf: Leaf, transposed: bool) -> bool:
     """Whether what is applied upon replaced numbers has their shape."""
     upon = leaf if delta.rows is not None else delta.value
     return delta.then is None or _shape_fits(one, target, delta.then, upon, transposed)
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1x1 convolution and a linear layer hold the same matrix."""
-    return shape[:2] if all(n == 1 for n in shape[2:]) else shape
-
-
-def _new_head(one: _Binding, key: str, name: str) -> None:
+def _new_head(one: _Binding, key: str, name: str, weight: float) -> None:
     """A full tensor under a name that the base lacks: a new head."""
-    term = Term(one.number, key, one.adapter.deltas[key], Place(name), one.weight)
+    term = Term(one.number, key, one.adapter.deltas[key], Place(name), weight)
     one.terms.setdefault(name, []).append(term)
-
-
-def _unmatched(one: _Binding, lost: Mapping[str, str], there: set[str], total: int) -> None:
-    matched = total - len(lost)
-    roots = Counter(key.split(".")[0] for key in lost)
-    absent = {r for r in roots if not any(t.startswith(f"{r}.") for t in there)}
-    if len(lost) < total:
-        for root in sorted(absent):
-            if roots[root] > 1:
-                one.problem(
-                    "component_absent",
-                    f"{shown(root)}: {roots[root]} deltas, and the base has nothing of that name",
-                    f"{root}.*",
-                    remedy=f'--skip "{shown(root)}.*" leaves the component out',
-                )
-        lost = {k: t for k, t in lost.items() if roots[k.split(".")[0]] == 1 or
-                k.split(".")[0] not in absent}  # fmt: skip
-    if not lost:
-        return
-    close = nearest(list(lost), there)
-    if close:
-        change, count = close
-        step = f"; nearest: {change} (matches {count} of {len(lost)})"
-    else:
-        step = f"; the base's names begin like {shown(next(iter(sorted(there)), 'nothing'))}"
-    first = next(iter(lost.values()))
-    one.problem(
-        "unmatched",
-        f"{matched} of {total} deltas matched; the base has no {shown(first)}"
-        f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}{step}",
-        first,
-    )
-
-
-def _base_names(one: _Binding) -> None:
-    """A difference of names is a hint, and only where both are Hub ids."""
-    said, base = one.adapter.config.get("base_model_name_or_path"), one.base.id
-    if not (isinstance(said, str) and base and is_hub_id(said)):
-        return
-    if _plain_name(said) != _plain_name(base):
-        one.problem(
-            "other_base",
-            f"its config names {shown(said)}, the base is {shown(base)}",
-            severity="warning",
-        )
-
-
-def _plain_name(hub_id: str) -> str:
-    """A Hub id without owner, case and the suffixes of quantised copies."""
-    pieces = hub_id.rpartition("/")[2].lower().split("-")
-    marks = ("bnb", "4bit", "8bit", "gptq", "awq", "int4", "int8", "fp8", "gguf", "hf", "unsloth")
-    return "-".join(p for p in pieces if p not in marks)
 
 
 # ------------------------------------------------------------------------------- all together

@@ -89,7 +89,7 @@ CODES: dict[str, Code] = {
         4,
         "A whole component of the adapter has no counterpart in the base.",
         "text_encoder: 72 targets, and the base has no text_encoder",
-        "--skip text_encoder:* leaves it out on purpose",
+        "--skip text_encoder leaves it out on purpose",
     ),
     "shape_mismatch": Code(
         4,
@@ -186,8 +186,8 @@ CODES: dict[str, Code] = {
     ),
     "residual_base": Code(
         5,
-        "The adapter was trained on a changed base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).",
-        "init_lora_weights=pissa: folding onto the plain base is wrong",
+        "The adapter was trained on a changed base that this one does not give again.",
+        "init_lora_weights=corda: folding onto the plain base is wrong",
         "convert it with PEFT (path_initial_model_for_weight_conversion) or use its residual",
     ),
     "large_update": Code(

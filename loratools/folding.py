@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratools.adapter import TORCH_NAMES, Kind, Leaf, LowRank
+from loratools.adapter import TORCH_NAMES, Experts, Kind, Leaf, LowRank
 from loratools.algebra import (
+    block,
     combine,
     condense,
     grown,
@@ -29,7 +30,7 @@ from loratools.errors import error, shown
 from loratools.narrowing import narrow, not_finite
 from loratools.plan import Plan, Target
 from loratools.rewriting import as_stored
-from loratools.truncating import truncate
+from loratools.truncating import truncate, truncate_stack
 
 # Elements of a CPU tile: few enough for the caches of a core, enough that Python's share is small.
 TILE = 1 << 19
@@ -162,10 +163,16 @@ def one_thread() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
-def tiles(rows: int, columns: int, known: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """The fixed grid: blocks of whole rows, with an edge where the base's own rows end."""
+def tiles(
+    rows: int, columns: int, known: int, device: torch.device, together: int = 1
+) -> Iterator[tuple[int, int]]:
+    """The fixed grid: blocks of whole rows, with an edge where the base's own rows end.
+
+    Each tile holds a multiple of `together` rows; 0 wants all of them in one.
+    """
     size = TILE if device.type == "cpu" else DEVICE_TILE
     step = max(1, size // max(columns, 1))
+    step = max(1, rows) if not together else -(-step // together) * together
     for begin, end in ((0, min(known, rows)), (known, rows)):
         for start in range(begin, end, step):
             yield start, min(start + step, end)
@@ -191,6 +198,10 @@ def fold_target(
     height, width = extents(target.shape)
     known = 0 if target.base is None or rows is None else extents(target.base.shape)[0]
 
+    # What the output's numbers are multiplied with: in the base's dtype they keep its scale.
+    kept = target.base is not None and dtype == torch_dtype(target.base.dtype)
+    unit = scale_of(target.base) if kept and target.base is not None else 1.0
+
     def wide(start: int, stop: int, use: str = "w0") -> Tensor:
         assert rows is not None
         raw = rows(start, stop).to(desk.device, non_blocking=True)
@@ -202,15 +213,16 @@ def fold_target(
             desk.wait()  # the next read goes into the same pinned memory
 
     terms = _ready(target, first_pass, desk.device, cut, tally)
-    grid = tiles(height, width, known, desk.device)
+    together = [block(d) for _, d in terms]
+    grid = tiles(height, width, known, desk.device, 0 if 0 in together else math.lcm(*together))
     sample = only_rows is not None
-    chosen = grid if only_rows is None else ((r, r + 1) for r in only_rows)
+    chosen = grid if only_rows is None else _around(only_rows, together, height)
     step = 1 if sample or height * width <= SMALL else COUNTED
     for start, stop in chosen:
         if start >= known:
             like = torch.empty(stop - start, width, dtype=torch.float64, device=desk.device)
             w = grown(terms, like, start)
-            out = narrow(w, dtype)
+            out = narrow(w if unit == 1 else w / unit, dtype)
             _explain(target, {"update": w}, out)
             emit(start, desk.home(out))
             tally.elements += w.numel()
@@ -219,14 +231,23 @@ def fold_target(
         counted = slice(-start % step, None, step)
         before = w0[counted].clone()
         w = combine(terms, w0, start, w0)
-        out = narrow(w, dtype, desk.room)
+        out = narrow(w if unit == 1 else w / unit, dtype, desk.room)
         tally.elements += out.numel()
-        _count(tally, before, w[counted], out[counted], sample=sample)
+        _count(tally, before, w[counted], out[counted], unit, sample=sample)
         if not _is_finite(out):
             w0 = wide(start, stop, "again")
             _explain(target, {"base": w0, "update": w - w0}, out)
         emit(start, desk.home(out))
     return tally
+
+
+def _around(rows: Sequence[int], together: Sequence[int], height: int) -> list[tuple[int, int]]:
+    """The blocks in which single rows lie, each once."""
+    if 0 in together:
+        return [(0, height)]
+    size = math.lcm(*together)
+    starts = dict.fromkeys(row // size * size for row in rows)
+    return [(start, min(start + size, height)) for start in starts]
 
 
 def _ready(
@@ -252,6 +273,11 @@ def _moved(leaf: Leaf, device: torch.device) -> Leaf:
 
 
 def _cut(delta: Kind, cut: Cut, tally: Tally) -> Kind:
+    if isinstance(delta, Experts):
+        stack, residual, whole = truncate_stack(delta, rank=cut.rank, energy=cut.energy)
+        tally.residual += residual
+        tally.whole += whole
+        return stack
     if not isinstance(delta, LowRank):
         return delta
     short = truncate(delta, rank=cut.rank, energy=cut.energy)
@@ -260,8 +286,11 @@ def _cut(delta: Kind, cut: Cut, tally: Tally) -> Kind:
     return short.delta
 
 
-def _count(tally: Tally, before: Tensor, w: Tensor, out: Tensor, *, sample: bool) -> None:
-    d, changed = (w - before).view(-1), (out.to(before.dtype) - before).view(-1)
+def _count(
+    tally: Tally, before: Tensor, w: Tensor, out: Tensor, unit: float, *, sample: bool
+) -> None:
+    d = (w - before).view(-1)
+    changed = (out.to(before.dtype) * unit - before).view(-1)
     tally.kept += float(torch.dot(changed, d))
     tally.update += float(torch.dot(d, d))
     if sample:
@@ -304,7 +333,8 @@ def fold_tensor(
     device = tensor.device if tensor is not None else torch.device("cpu")
     parts: list[Tensor] = []
     stored = None if tensor is None else matrix(tensor.detach())
-    rows = None if stored is None else (lambda start, stop: stored[start:stop])
+    unit = 1.0 if target.base is None else scale_of(target.base)
+    rows = None if stored is None else _times(lambda start, stop: stored[start:stop], unit)
     with one_thread():
         tally = fold_target(
             target,
@@ -351,13 +381,15 @@ def extents(shape: tuple[int, ...]) -> tuple[int, int]:
 def leaf_rows(leaf: Leaf, into: Callable[[int, int], Tensor] | None = None) -> Rows:
     """Rows of a stored weight as a matrix, by offset where its bytes lie in row order.
 
+    Numbers that have a scale come multiplied with it, in float64.
+
     `into(offset, length)` may read bytes in a faster way than the leaf's source (uint8 tensor).
     """
     dtype = torch_dtype(leaf.dtype)
     _, width = extents(leaf.shape)
     if leaf.source is None or leaf.strides is not None:
         whole = matrix(leaf.tensor())
-        return lambda start, stop: whole[start:stop]
+        return _times(lambda start, stop: whole[start:stop], scale_of(leaf))
     row, source = width * dtype.itemsize, leaf.source
 
     def read(start: int, stop: int) -> Tensor:
@@ -370,4 +402,18 @@ def leaf_rows(leaf: Leaf, into: Callable[[int, int], Tensor] | None = None) -> R
             raw = torch.empty(0, dtype=torch.uint8)
         return raw.view(dtype).view(stop - start, width)
 
-    return read
+    return _times(read, scale_of(leaf))
+
+
+def _times(rows: Rows, unit: float) -> Rows:
+    return rows if unit == 1 else lambda a, b: rows(a, b).to(torch.float64) * unit
+
+
+def scale_of(leaf: Leaf) -> float:
+    """The number that a stored weight's numbers are multiplied with; 1 for most."""
+    if leaf.scale is None:
+        return 1.0
+    (unit,) = leaf.scale.numbers()
+    if not 0 < unit < math.inf:
+        raise error("malformed", f"{shown(leaf.scale.name)} is {unit:g}: no scale of a weight")
+    return unit

@@ -12,6 +12,7 @@ from loratools.bind import bind
 from loratools.commands import merge as merging
 from loratools.commands.check import FOLD_ONLY
 from loratools.commands.judging import judge
+from loratools.commands.weighing import Given, require_used, weight, weights_for
 from loratools.containers.bundle import Bundle
 from loratools.errors import error, refusal
 from loratools.formats import peft
@@ -71,6 +72,12 @@ def from_state_dict(
 
 def to_state_dict(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """PEFT's state dict and config for an adapter."""
+    if adapter.runtime is not None:
+        from loratools.commands.writing import ready_for
+
+        made = ready_for(adapter, "peft").adapter
+        found = {**made.original, **(made.runtime.tensors if made.runtime is not None else {})}
+        return {key: leaf.tensor() for key, leaf in found.items()}, dict(made.config)
     leaves, config = disassemble(adapter)
     return {key: leaf.tensor() for key, leaf in leaves.items()}, config
 
@@ -90,7 +97,7 @@ def from_model(peft_model: Any, adapter_name: str = "default") -> Adapter:
 def merge_adapters(
     adapters: Sequence[Adapter],
     *,
-    weights: Sequence[float] | str | None = None,
+    weights: Sequence[Given] | Mapping[str, Any] | str | None = None,
     method: str = "linear",
     rank: int | None = None,
     energy: float | None = None,
@@ -101,8 +108,6 @@ def merge_adapters(
     Exact without `rank` and `energy` (ranks add up), else the optimal truncation. Raises FitError
     `needs_base` for kinds whose sum depends on W0.
     """
-    from loratools.commands.judging import weights_for
-
     _, factors = weights_for([a.name for a in adapters], weights, required=True)
     method, rank = merging.checked_method(method, rank, energy)
     kind = merging.dtype_name(dtype)
@@ -127,7 +132,7 @@ def plan_for(
     adapters: Sequence[Adapter],
     tensors: Mapping[str, torch.Tensor],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Given] | None = None,
     config: Mapping[str, Any] | None = None,
     ties: Ties | None = None,
     allow: Sequence[str] = (),
@@ -136,7 +141,9 @@ def plan_for(
     leaves = {name: Leaf.of(name, tensor) for name, tensor in tensors.items()}
     bundle = Bundle("model in memory", (), _no_file)
     base = Base(bundle, (Shard("memory", leaves, {}, ""),), leaves, dict(config or {}))
-    plan = bind(adapters, base, weights=weights, ties=ties)
+    each = [weight(w) for w in ([1.0] * len(adapters) if weights is None else weights)]
+    plan = bind(adapters, base, weights=each, ties=ties)
+    require_used(each, [a.name for a in adapters])
     judge(plan.problems, allow).require()
     return plan
 
@@ -170,7 +177,7 @@ def fold_into(
     module: torch.nn.Module,
     adapters: Sequence[Adapter],
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Given] | None = None,
     allow: Sequence[str] = (),
 ) -> dict[str, float | None]:
     """Fold adapters into a live module's parameters, in place; `update_kept` by target.

@@ -6,7 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from loratools.adapter import FLOATS, Adapter, Dense, Kind, Leaf, LowRank, Place, Renormed, Replace
+from loratools.adapter import (
+    FLOATS,
+    Adapter,
+    Chained,
+    Dense,
+    Experts,
+    Hadamard,
+    Kind,
+    Kronecker,
+    Leaf,
+    LowRank,
+    Place,
+    Renormed,
+    Replace,
+    Rotated,
+    Scaled,
+    Sparse,
+    Spectral,
+)  # fmt: skip
 from loratools.errors import Problem
 from loratools.names.prefixes import Prefix
 from loratools.weights.base import Base
@@ -88,7 +106,9 @@ def module_shape(delta: Kind) -> tuple[int, ...] | None:
             return diff.shape
         case Renormed(delta=inner):
             return module_shape(inner)
-        case Dense() | Replace():
+        case Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
+            return delta.shape
+        case Dense() | Replace() | Scaled() | Rotated() | Chained():
             return None
 
 
@@ -99,7 +119,11 @@ def stored_shape(delta: Kind, transposed: bool) -> tuple[int, ...]:
             return diff.shape
         case Replace(value=value):
             return value.shape
-        case LowRank() | Renormed():
+        case LowRank() | Renormed() | Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
             shape = module_shape(delta)
             assert shape is not None
+            if isinstance(delta, Experts):  # (experts, in, out)
+                return (shape[0], *shape[:0:-1]) if transposed else shape
             return shape[::-1] if transposed else shape
+        case Scaled() | Rotated() | Chained():
+            return ()  # any: `kinds.fits` tells

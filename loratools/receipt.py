@@ -12,7 +12,6 @@ from typing import Any
 
 from loratools._version import VERSION
 from loratools.adapter import Adapter, leaves
-from loratools.containers.bundle import local
 from loratools.containers.local import LocalFile
 from loratools.containers.strict_json import loads
 from loratools.errors import Problem, error, shown
@@ -61,14 +60,18 @@ def named(source: str | Path) -> str:
     return path.name if path.is_absolute() else str(source)
 
 
-def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
-    """One adapter as an input."""
+def adapter_entry(
+    adapter: Adapter, weight: float | str, left_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One adapter as an input, with its weight or those of its parts, and blocks left out."""
     entry: dict[str, Any] = {
         "source": named(adapter.name),
         "format": adapter.format,
         "weight": weight,
         "fingerprint": fingerprint(adapter),
     }
+    if left_out:
+        entry["left_out"] = list(left_out)
     if adapter.assumed:
         entry["assumed"] = dict(adapter.assumed)
     return entry
@@ -169,7 +172,7 @@ def read(output: str | Path) -> Receipt | None:
     """The receipt of an output (a folder, or the file beside a file), or None."""
     path = Path(output)
     beside = path / NAME if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
-    if path.name == NAME:
+    if path.name == NAME or path.name.endswith(f".{NAME}"):
         beside = path
     if not beside.is_file():
         return None
@@ -181,9 +184,10 @@ def read(output: str | Path) -> Receipt | None:
 
 def merged_before(base: Base, adapters: Sequence[Adapter]) -> list[Problem]:
     """Adapters that the base's own receipt names among those folded into it."""
-    if base.bundle.path is None or NAME not in local(base.bundle.path):
+    folder, file = base.bundle.path, base.bundle.chosen
+    if folder is None:
         return []
-    receipt = read(base.bundle.path)
+    receipt = (read(folder / file) if file else None) or read(folder)
     entries = receipt.get("recipe", "adapters") if receipt else None
     before = {e.get("fingerprint") for e in entries or [] if isinstance(e, Mapping)}
     return [

@@ -8,13 +8,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import assert_never
+from typing import Any, assert_never
 
-from loratools import views
-from loratools.adapter import Dense, Kind, Leaf, LowRank, Renormed, Replace
+from loratools import kinds, views
+from loratools.adapter import (
+    Additive,
+    Chained,
+    Dense,
+    Experts,
+    Hadamard,
+    Kind,
+    Kronecker,
+    Leaf,
+    LowRank,
+    Made,
+    Renormed,
+    Replace,
+    Rotated,
+    Scaled,
+    Sparse,
+    Spectral,
+    leaves,
+)  # fmt: skip
 from loratools.errors import error
-
-Additive = LowRank | Dense
 
 
 def shape(delta: Kind) -> tuple[int, ...] | None:
@@ -28,6 +44,17 @@ def shape(delta: Kind) -> tuple[int, ...] | None:
             return shape(inner)
         case Replace(value=value, rows=rows):
             return value.shape if rows is None else None
+        case (
+            Hadamard()
+            | Kronecker()
+            | Sparse()
+            | Spectral()
+            | Experts()
+            | Scaled()
+            | Rotated()
+            | Chained()
+        ):
+            return kinds.shape(delta)
         case _:
             assert_never(delta)
 
@@ -41,6 +68,20 @@ def additive(delta: Kind) -> Additive:
     """An inner delta, known to be additive."""
     assert isinstance(delta, Additive)
     return delta
+
+
+def lowered(delta: Made) -> LowRank | Dense:
+    """The same update as factors where it has them exactly, else in full; unopened."""
+    if isinstance(delta, Experts) and delta.over != "in":
+        raise error("needs_base", f"{delta.a.name}: the base tells which side of it A is on")
+    factors = kinds.low_rank(delta)
+    if factors is not None:
+        return factors
+
+    def whole() -> Any:
+        return kinds.rows(delta, 0, delta.shape[0]).reshape(delta.shape)
+
+    return Dense(views.later(next(leaves(delta)).name, "F64", delta.shape, whole))
 
 
 def transpose(delta: Kind) -> Kind:
@@ -60,6 +101,17 @@ def transpose(delta: Kind) -> Kind:
             return replace(delta, value=views.turned(value), then=within(then, transpose))
         case Replace():
             raise error("usage", "rows of a stored tensor have no transposed form")
+        case (
+            Hadamard()
+            | Kronecker()
+            | Sparse()
+            | Spectral()
+            | Experts()
+            | Scaled()
+            | Rotated()
+            | Chained()
+        ):
+            return kinds.transposed(delta)
         case _:
             assert_never(delta)
 
@@ -68,6 +120,17 @@ def as_stored(delta: Kind) -> Kind:
     """The delta for a weight stored (in, out); full tensors are on disk as stored already."""
     match delta:
         case LowRank() | Renormed():
+            return transpose(delta)
+        case (
+            Hadamard()
+            | Kronecker()
+            | Sparse()
+            | Spectral()
+            | Experts()
+            | Scaled()
+            | Rotated()
+            | Chained()
+        ):
             return transpose(delta)
         case Replace(then=then):
             return replace(delta, then=within(then, as_stored))
@@ -97,7 +160,9 @@ def spread(delta: Kind, start: int, total: int) -> Kind:
             return replace(delta, b=views.padded(b, start, total - start - b.shape[0]))
         case Dense(diff=diff):
             return replace(delta, diff=views.padded(diff, start, total - start - diff.shape[0]))
-        case Renormed() | Replace():
+        case Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
+            return spread(lowered(delta), start, total)
+        case Renormed() | Replace() | Scaled() | Rotated() | Chained():
             what = type(delta).__name__
             raise error("usage", f"{what} on some rows of a weight is nothing on the others")
         case _:
@@ -126,6 +191,24 @@ def _on_rows(delta: Kind, pick: Callable[[Leaf], Leaf]) -> Kind:
             return replace(delta, value=picked(delta.value), then=inner_rows)
         case Replace():
             raise error("usage", "rows of rows: replace by rows names stored rows already")
+        case Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
+            return _on_rows(lowered(delta), pick)
+        case Scaled(by="columns"):
+            return delta
+        case Scaled(by="rows", factor=Leaf() as factor):
+            return replace(delta, factor=pick(views.reshaped(factor, factor.numel)))
+        case Scaled(by="elements", factor=LowRank() as factor):
+            return replace(delta, factor=additive(_on_rows(factor, pick)))
+        case Rotated(side="in", parts={"scale": scale}):  # which belongs to the rows
+            one = pick(views.reshaped(scale, scale.numel))
+            return replace(delta, parts={**delta.parts, "scale": one})
+        case Rotated(side="in"):
+            return delta
+        case Chained(method=kinds.glora.NAME):
+            return kinds.glora.on_rows(delta, picked)
+        case Scaled() | Rotated() | Chained():
+            what = type(delta).__name__
+            raise error("usage", f"a {what} mixes rows: some of them have no delta of their own")
         case _:
             assert_never(delta)
 
@@ -143,6 +226,7 @@ def stack(deltas: Sequence[Kind], alike: Callable[[Leaf, Leaf], bool] = same_pla
 
     Where all have one A, by `alike`, it stays one, and the rank is theirs.
     """
+    deltas = [lowered(d) if isinstance(d, Made) else d for d in deltas]
     first, inner = next(iter(deltas), None), {s[1:] for s in map(shape, deltas) if s is not None}
     match first if len(inner) == 1 else None:
         case LowRank():
@@ -164,8 +248,10 @@ def stack(deltas: Sequence[Kind], alike: Callable[[Leaf, Leaf], bool] = same_pla
             whole = [d for d in deltas if isinstance(d, Replace) and d.rows is None is d.then]
             if len(whole) == len(deltas):
                 return Replace(views.joined([d.value for d in whole]))
-        case Renormed() | Replace() | None:
+        case Renormed() | Replace() | Scaled() | Rotated() | Chained() | None:
             pass
+        case Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
+            pass  # lowered above
         case other:
             assert_never(other)
     names = ", ".join(type(d).__name__ for d in deltas)
@@ -211,6 +297,7 @@ def added(deltas: Sequence[Kind]) -> Kind:
     """The sum of low-rank deltas (their ranks one after another), or of dense ones, unopened."""
     if len(deltas) == 1:
         return deltas[0]
+    deltas = [lowered(d) if isinstance(d, Made) else d for d in deltas]
     low = [d for d in deltas if isinstance(d, LowRank)]
     dense = [d for d in deltas if isinstance(d, Dense)]
     if len(low) == len(deltas):

@@ -69,6 +69,7 @@ class _Open:
             if self.fd >= 0:
                 return
             with disk.reported(self.path, self.shard.size):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             disk.reserve(self.fd, self.shard.size)
             disk.write_from(self.fd, memoryview(self.shard.header), 0)
@@ -153,7 +154,8 @@ def is_whole(path: Path, record: str, shards: Sequence[OutputShard]) -> bool:
     """Whether a shard of an interrupted run has every byte that it should: digests of its touched
     tensors, and the base's own numbers elsewhere.
     """
-    shard = next((s for s in shards if s.name == path.name), None)
+    # A pipeline's shards are paths, and no shard's path ends with another's.
+    shard = next((s for s in shards if path.as_posix().endswith(f"/{s.name}")), None)
     if shard is None:
         return False
     tallies, file = json.loads(record), LocalFile(path)

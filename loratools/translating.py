@@ -75,6 +75,13 @@ def translate(
     return job.done(to)
 
 
+def regrouped(adapter: Adapter, names: Names, *, shapes: Shapes) -> Adapter:
+    """The adapter with the parts that these rules know put together; all else stays as it is."""
+    job = _Job(adapter, facts_from(adapter.config), shapes, rewriting.same_place)
+    job.to_wholes(names, keep=True)
+    return job.done(adapter.vocabulary).adapter
+
+
 @dataclass(slots=True)
 class _Job:
     """One translation under way: deltas by their names so far."""
@@ -108,6 +115,10 @@ class _Job:
         self.problems.append(
             Problem(cause.code, f"{shown(key)}: {cause.message}", "error", self.adapter.name, key)
         )
+
+    def twice(self, name: str, key: str) -> None:
+        what = f"another tensor is {shown(name)} too; are there two adapters in one file?"
+        self.problem(error("duplicate", what), key)
 
     def table(self, vocabulary: str) -> Names:
         rules = LANGUAGE[vocabulary](self.facts)
@@ -206,8 +217,8 @@ class _Job:
         if len(fronts) > 1:
             raise error(
                 "loss",
-                f"{shown(self.adapter.name)} changes {', '.join(fronts)}: PEFT's format holds one "
-                "of them; choose with --only or --skip",
+                f"{shown(self.adapter.name)} changes {', '.join(fronts)}, and only one component "
+                "of a pipeline has a place there; choose it with --only or --skip",
             )
         self.rename({name: name.partition(".")[2] for name in names})
 
@@ -219,6 +230,9 @@ class _Job:
             module, _, parameter = key.rpartition(".")
             if module in modules:
                 to = f"{modules[module]}.{parameter}"
+                if to in new:
+                    self.twice(to, key)
+                    continue
                 new[to] = delta
                 if key in self.transposed:
                     turned.add(to)
@@ -236,7 +250,9 @@ class _Job:
                 self.problem(cause, key)
                 continue
             if hit is None:
-                if keep:
+                if key in new:
+                    self.twice(key, key)
+                elif keep:
                     new[key] = delta
                     turned |= {key} & self.transposed
                 else:
@@ -250,6 +266,9 @@ class _Job:
                 self.problem(cause, key)
                 continue
             for part, piece in zip(found.parts, pieces, strict=True):
+                if part + parameter in new:
+                    self.twice(part + parameter, key)
+                    continue
                 new[part + parameter] = piece
                 if key in self.transposed:
                     turned.add(part + parameter)
@@ -285,6 +304,9 @@ class _Job:
                 self.problem(cause, key)
                 continue
             if hit is None:
+                if key in new:
+                    self.twice(key, key)
+                    continue
                 new[key] = delta
                 turned |= {key} & self.transposed
                 if not keep:
@@ -292,6 +314,9 @@ class _Job:
                 continue
             found, parameter = hit
             whole = found.whole + parameter
+            if (whole in new and whole not in parts) or found.part in parts.get(whole, (0, {}))[1]:
+                self.twice(whole, key)
+                continue
             parts.setdefault(whole, (found, {}))[1][found.part] = (key, delta)
             new[whole] = delta  # its place in the order; what stands there comes below
         for whole, (found, have) in parts.items():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from loratools.adapter import Kind, LowRank
+from loratools.adapter import Experts, Kind, LowRank
 from loratools.algebra import factors, materialise, matrix, product
 from loratools.errors import error
+from loratools.kinds import experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,18 @@ def truncate(delta: LowRank, *, rank: int | None = None, energy: float | None = 
     (q_b, u), s, (q_a, v) = _core(delta)
     k = kept_rank(s, rank=rank, energy=energy)
     return _split(q_b @ u[:, :k], s, q_a @ v[:, :k], delta.a.shape[1:])
+
+
+def truncate_stack(
+    delta: Experts, *, rank: int | None = None, energy: float | None = None
+) -> tuple[Experts, float, float]:
+    """Every expert's best approximation, and the squared norms of what was cut and of all."""
+    cut = [
+        truncate(experts.single(delta, e), rank=rank, energy=energy)
+        for e in range(delta.a.shape[0])
+    ]
+    stack = replace(experts.stacked([c.delta for c in cut]), over=delta.over)
+    return stack, sum(c.residual for c in cut), sum(c.total for c in cut)
 
 
 def _split(u: Tensor, s: Tensor, v: Tensor, inner: tuple[int, ...]) -> Truncated:

@@ -12,6 +12,8 @@ from loratools.adapter import DTYPE_BITS, TORCH_NAMES, Leaf
 if TYPE_CHECKING:
     import torch
 
+_CHUNK = 1 << 20  # bytes compared at once
+
 
 def later(name: str, dtype: str, shape: Sequence[int], make: Callable[[], torch.Tensor]) -> Leaf:
     """A leaf that `make` computes each time it is opened; dtype and shape are known before."""
@@ -139,6 +141,32 @@ def total(leaves: Sequence[Leaf]) -> Leaf:
 def renamed(leaf: Leaf, name: str) -> Leaf:
     """The leaf under another name."""
     return replace(leaf, name=name)
+
+
+def same(one: Leaf, other: Leaf) -> bool:
+    """Whether two leaves hold the same numbers in the same dtype and shape."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if one.source is None or other.source is None or one.strides or other.strides:
+        return one.read() == other.read()
+    for at in range(0, one.nbytes, _CHUNK):
+        size = min(_CHUNK, one.nbytes - at)
+        if one.source.read(one.offset + at, size) != other.source.read(other.offset + at, size):
+            return False
+    return True
+
+
+def all_zero(leaf: Leaf) -> bool:
+    """Whether a leaf holds zeros alone; mostly its first bytes tell."""
+    if leaf.source is None or leaf.strides:
+        return not any(leaf.read())
+    at, size = 0, 4096
+    while at < leaf.nbytes:
+        size = min(size, leaf.nbytes - at)
+        if any(leaf.source.read(leaf.offset + at, size)):
+            return False
+        at, size = at + size, _CHUNK
+    return True
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:

@@ -60,6 +60,7 @@ def is_there(marker: pytest.Mark) -> bool:
 # Of the whole run: the process that reports sees the results of all workers.
 skipped: Counter[str] = Counter()
 unexplained: dict[str, str] = {}
+refusals: list[int] = []  # of every valid real file and key list (tests/field/test_field_verdicts)
 
 
 def count(report: pytest.TestReport | pytest.CollectReport) -> None:
@@ -75,6 +76,8 @@ def count(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     count(report)
+    if report.when == "call":
+        refusals.extend(int(n) for key, n in report.user_properties if key == "refusals")
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -90,6 +93,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if refusals:
+        terminalreporter.line(f"refusals: {sum(refusals)} in {len(refusals)} valid real inputs")
     for reason, times in sorted(skipped.items()):
         terminalreporter.line(f"skipped: {times} x {reason}")
     for nodeid, reason in sorted(unexplained.items()):

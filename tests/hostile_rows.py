@@ -2,9 +2,10 @@
 
 The numbers count all reasons that we know of for 1-69. Elsewhere: 5 and further header bombs
 (containers/test_safetensors), 26 and 29-34 in full (containers/test_pickle_walk, test_torch_zip,
-test_zip_directory), 28 (test_house). 18 and 46 are valid (test_valid_inputs). Of formats and
-commands that do not exist yet: 35-43 (npz, tar, GGUF, ONNX), 47 (cards), 50-51 (the Hub). Crashes,
-full disks and races: weights/test_disk, test_publishing*.
+test_zip_directory), 28 (test_house), 35-41 (hostile_files: npz, tar, YAML, GGUF; with flatbuffers
+and the names of image programs). 18 and 46 are valid (test_valid_inputs). Of formats and commands
+that do not exist yet: 42-43 (ONNX as a base), 47 (cards), 50-51 (the Hub). Crashes, full disks and
+races: weights/test_disk, test_publishing*.
 """
 
 from __future__ import annotations
@@ -271,7 +272,9 @@ WRONG = [
     Row(67, "B of zeros", b.factors(0.0, count=4 * SIZE), 5, "never trained"),
     Row(67, "nothing at all", b.tensors(lambda t: {}), 5, "holds no adapter tensors"),
     *(Row(68, init, b.config(init_lora_weights=init), 5, init)
-      for init in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga")),
+      for init in ("pissa_niter_4", "loftq", "corda", "lora_ga")),
+    *(Row(68, init, b.config(init_lora_weights=init), 0, "note[residual_base]")
+      for init in ("pissa", "olora")),
     Row(69, "unknown peft_type", b.config(peft_type="NEWTUNER"), 4, "NEWTUNER"),
     Row(69, "unknown field", b.config(use_newlora=True), 0, "note[unknown_config]"),
     Row(69, "unknown field and tensor", b.then(b.config(use_newlora=True),

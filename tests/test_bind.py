@@ -537,3 +537,102 @@ print([m for m in ("torch", "numpy") if m in sys.modules])
         check=False,
     )
     assert ended.stdout == "[]\n", ended.stderr
+
+
+# ------------------------------------------------------------------------------- image bases
+
+UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+LDM = "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.weight"
+OPEN = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+
+
+def image(deltas: dict[str, Kind], vocabulary: str = "diffusers", **config: object) -> Adapter:
+    return Adapter(deltas, "diffusers", vocabulary, name="a", config=config)
+
+
+def test_an_image_base_is_never_tied_and_takes_no_new_heads():
+    embedding = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    there = base({f"model.diffusion_model.{LDM}": [8, 8], embedding: [20, 8]})
+    assert there.tied() is None
+    plan = bind(
+        [image({"text_encoder.text_model.embeddings.token_embedding.weight": lora(20, 8)})], there
+    )
+    assert plan.problems == ()
+    whole = {UNET: lora(8, 8), "unet.classifier.weight": Replace(unread("v", 2, 8))}
+    found = only(bind([image(whole)], there), "unmatched")
+    assert "classifier" in found.message
+
+
+def test_q_of_a_fused_weight_changes_its_rows_alone():
+    there = base({f"model.diffusion_model.{LDM}": [8, 8], OPEN: [24, 8]})
+    stem = "text_encoder_2.text_model.encoder.layers.0.self_attn"
+    plan = bind(
+        [image({f"{stem}.q_proj.weight": lora(8, 8), f"{stem}.v_proj.weight": lora(8, 8)})], there
+    )
+    assert plan.problems == ()
+    [target] = plan.targets.values()
+    assert target.name == OPEN
+    [term] = target.terms
+    assert isinstance(term.delta, LowRank)
+    assert (term.delta.b.shape, term.delta.rank) == ((24, 4), 4)
+    magnitude = Renormed(lora(8, 8), unread("m", 8))
+    refused = bind([image({f"{stem}.q_proj.weight": magnitude})], there)
+    assert set(errors(refused)) == {"loss", "no_effect"} - (
+        {"no_effect"} if errors(refused) else set()
+    )
+
+
+@pytest.mark.parametrize("front", ["", "model.diffusion_model."])
+def test_another_denoiser_is_unmatched_and_no_absent_component(front):
+    flux = {f"{front}double_blocks.0.img_attn.qkv.weight": [24, 8], f"{front}img_in.weight": [8, 4],
+            f"{front}single_blocks.0.linear1.weight": [56, 8]}  # fmt: skip
+    plan = bind([image({UNET: lora(8, 8), UNET.replace("to_q", "to_k"): lora(8, 8)})], base(flux))
+    assert "0 of 2 deltas matched" in only(plan, "unmatched").message
+
+
+@pytest.mark.parametrize("name", ["img_in", "x_embedder"])
+@pytest.mark.parametrize("kernel", [(), (2, 2)])
+def test_channels_that_only_the_base_has_are_left_as_they_are(name, kernel):
+    others = {
+        "double_blocks.0.img_attn.qkv.weight": [24, 8],
+        "single_blocks.0.linear1.weight": [56, 8],
+    }
+    if name == "x_embedder":
+        others = {
+            "transformer_blocks.0.attn.to_q.weight": [8, 8],
+            "context_embedder.weight": [8, 4],
+        }
+    key = f"{'transformer' if name == 'x_embedder' else 'diffusion_model'}.{name}.weight"
+    vocabulary = "diffusers" if name == "x_embedder" else "original"
+    there = base({**others, f"{name}.weight": [8, 6, *kernel]})
+    plan = bind([image({key: lora(8, 4, *kernel)}, vocabulary)], there)
+    [note] = plan.problems
+    assert (note.code, note.severity) == ("shape_mismatch", "note")
+    [term] = plan.targets[f"{name}.weight"].terms
+    assert isinstance(term.delta, LowRank)
+    assert term.delta.a.shape == (2, 6, *kernel)
+    refused = bind([image({key: lora(8, 9, *kernel)}, vocabulary)], there)
+    assert "reads 3 more channels" in only(refused, "shape_mismatch").message
+    other = next(iter(others))
+    narrow = bind(
+        [image({f"{key.partition('.')[0]}.{other}": lora(others[other][0], 3)}, vocabulary)], there
+    )
+    assert "channels" not in only(narrow, "shape_mismatch").message
+
+
+def test_averages_in_a_checkpoint_are_spoken_of():
+    many = {f"model_ema.diffusion_modelinput_blocks{i}": [2] for i in range(101)}
+    there = base({f"model.diffusion_model.{LDM}": [8, 8], **many})
+    plan = bind([image({UNET: lora(8, 8)})], there)
+    [warning] = plan.problems
+    assert (warning.code, warning.severity) == ("no_effect", "warning")
+    assert "model_ema" in warning.message
+
+
+def test_two_spellings_of_one_weight_are_both_spoken_of():
+    there = base({f"model.diffusion_model.{LDM}": [8, 8]})
+    both = {UNET: lora(8, 8), f"diffusion_model.{LDM}": lora(8, 8)}
+    plan = bind([image(both)], there)
+    assert plan.matched != (2,)
+    assert errors(plan)

@@ -17,7 +17,10 @@ LINES = 420
 # What each room may import; nobody imports upwards, and a new room gets a row here.
 MATHS = {"errors", "adapter", "views", "narrowing", "kinds", "algebra", "rewriting", "truncating"}
 FILING = {"_version", "errors", "adapter", "containers", "weights", "names", "receipt"}
-BINDING = {"errors", "adapter", "names", "weights", "plan", "vocabulary", "fitting"}
+BINDING = {
+    "errors", "adapter", "kinds", "names", "weights", "plan", "vocabulary", "experts", "fitting",
+    "sizing",
+}  # fmt: skip
 MAKING = MATHS | FILING | BINDING | {"translating", "merging", "bind", "folding", "streaming"}
 ROOMS: dict[str, set[str]] = {
     "_version": set(),
@@ -25,21 +28,25 @@ ROOMS: dict[str, set[str]] = {
     "errors": {"codes"},
     "adapter": {"errors"},
     "narrowing": {"errors", "adapter"},
-    "kinds": {"errors", "adapter", "narrowing"},
-    "algebra": {"errors", "adapter", "rewriting", "narrowing", "kinds"},
-    "rewriting": {"errors", "adapter", "views"},
-    "truncating": {"errors", "adapter", "algebra"},
+    "kinds": {"errors", "adapter", "views"},
+    "algebra": {"errors", "adapter", "kinds", "rewriting", "narrowing"},
+    "rewriting": {"errors", "adapter", "kinds", "views"},
+    "truncating": {"errors", "adapter", "kinds", "algebra"},
     "merging": MATHS,
     "containers": {"errors", "adapter"},
     "views": {"adapter"},
+    "runtime": {"errors", "adapter", "views"},
     "names": {"errors", "adapter"},
-    "formats": {"errors", "adapter", "views", "containers", "names"},
+    "formats": {"errors", "adapter", "views", "runtime", "containers", "names"},
     "weights": {"errors", "adapter", "containers"},
     "translating": {"errors", "adapter", "rewriting", "names"},
-    "fitting": {"errors", "adapter", "translating", "names"},
+    "experts": {"errors", "adapter", "kinds", "names"},
+    "fitting": {"errors", "adapter", "translating", "names", "experts"},
     "plan": {"errors", "adapter", "names", "weights"},
     "vocabulary": {"errors", "adapter", "plan", "weights"},
-    "bind": BINDING,
+    "findings": {"errors", "adapter", "names", "weights"},
+    "sizing": {"adapter", "kinds", "views"},
+    "bind": BINDING | {"views", "findings"},
     "receipt": {"_version", "errors", "adapter", "containers", "weights"},
     "recipe": {"errors", "adapter", "containers", "receipt"},
     "folding": MATHS | {"plan", "containers", "weights"},
@@ -51,7 +58,8 @@ ROOMS: dict[str, set[str]] = {
     "hub": {"errors", "adapter", "containers", "receipt"},
     "cluster": {"errors", "adapter", "plan", "containers", "folding", "streaming", "weights"},
     "commands": MAKING
-    | {"formats", "recipe", "exporting", "proving", "comparing", "report", "hub", "cluster"},
+    | {"formats", "runtime", "recipe", "exporting", "proving", "comparing", "report", "hub"}
+    | {"cluster"},
     "cli": {"_version", "errors", "commands"},
     "memory": MAKING | {"formats", "commands"},
     "__init__": set(),  # takes its public names from anywhere, lazily
@@ -66,7 +74,7 @@ ONLY_IN = {
 }
 # Rooms and files that do maths and may import torch at once; the others import them when needed.
 MATHEMATICAL = set(
-    "algebra kinds narrowing truncating merging folding streaming proving "
+    "algebra narrowing truncating merging folding streaming proving "
     "exporting commands/numbers.py commands/folded.py commands/replayed.py "
     "commands/again.py".split()
 )

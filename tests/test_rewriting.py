@@ -8,8 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools import rewriting
-from loratools.adapter import Dense, Kind, LowRank, Renormed, Replace
+from loratools import algebra, rewriting
+from loratools.adapter import (
+    Chained,
+    Dense,
+    Experts,
+    Kind,
+    LowRank,
+    Relative,
+    Renormed,
+    Replace,
+    Rotated,
+)
 from tests.examples_of_deltas import (
     EXAMPLES,
     NORMED,
@@ -56,6 +66,13 @@ def by_rows(delta: Kind | None) -> bool:
     return isinstance(delta, Replace) and (delta.rows is not None or by_rows(delta.then))
 
 
+def rows_mixed(delta: Kind) -> bool:
+    """Whether some rows of the weight have no delta of their own."""
+    if isinstance(delta, Rotated):
+        return delta.side == "out"
+    return isinstance(delta, Chained) or column_norm(delta)
+
+
 def column_norm(delta: Kind | None) -> bool:
     if isinstance(delta, Replace):
         return column_norm(delta.then)
@@ -67,12 +84,21 @@ def column_norm(delta: Kind | None) -> bool:
 
 @each
 def test_the_transposed_delta_changes_the_transposed_weight(example):
+    if isinstance(example.delta, Experts):
+        turned = rewriting.transpose(example.delta)
+        close(folded(turned, example.w0.swapaxes(1, 2)), example.folded.swapaxes(1, 2))
+        return
     if example.w0.ndim != 2 or by_rows(example.delta):
         if "flat on" not in example.name:
             refused("usage", rewriting.transpose, example.delta)
         return
     turned = rewriting.transpose(example.delta)
-    close(folded(turned, example.w0.T), example.folded.T)
+    if isinstance(turned, Relative):
+        w0 = torch.from_numpy(example.w0.T.copy())
+        ready = algebra.prepare(turned, lambda: [(0, w0)])
+        close(algebra.apply(ready, w0).numpy(), example.folded.T)
+    else:
+        close(folded(turned, example.w0.T), example.folded.T)
     assert same(rewriting.transpose(turned), example.delta)
 
 
@@ -116,7 +142,7 @@ def test_a_column_norm_found_before_does_not_outlive_a_transposition():
 @settings(max_examples=5)
 @given(cut=st.lists(st.integers(0, 6), min_size=2, max_size=2))
 def test_rows_of_a_delta_change_those_rows(example, cut):
-    if by_rows(example.delta) or column_norm(example.delta) or not example.w0.ndim:
+    if by_rows(example.delta) or rows_mixed(example.delta) or not example.w0.ndim:
         refused("usage", rewriting.rows, example.delta, 0, 2)
         return
     start, stop = sorted(min(c, len(example.w0)) for c in cut)
@@ -127,7 +153,7 @@ def test_rows_of_a_delta_change_those_rows(example, cut):
 
 @each
 def test_a_permuted_delta_changes_the_permuted_weight(example):
-    if by_rows(example.delta) or column_norm(example.delta) or not example.w0.ndim:
+    if by_rows(example.delta) or rows_mixed(example.delta) or not example.w0.ndim:
         refused("usage", rewriting.permute, example.delta, [1, 0])
         return
     order = np.random.default_rng(0).permutation(len(example.w0))

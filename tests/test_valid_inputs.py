@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loratools.cli import main
 from loratools.formats.peft_config import KNOWN
@@ -86,8 +87,11 @@ SAME: dict[str, tuple[Make, str]] = {
     "config in other words": (b.config_text(
         lambda t: "\r\n\t" + t.replace('"r"', '"\\u0072"').replace(",", ",\r\n ") + "\n"), ""),
     "no card, other files": (extra_files, ""),
-    "both containers": (lambda here: (here / "a/adapter_model.bin").write_bytes(b"not read"),
+    "both containers": (lambda here: torch.save(load_file(here / b.WEIGHTS),
+                                                here / "a/adapter_model.bin"),
                         "note[unexplained]"),
+    "a broken one beside": (lambda here: (here / "a/adapter_model.bin").write_bytes(b"not read"),
+                            "warning[unexplained]"),
     "torch file": (into_torch_file, ""),
     "old torch file": (lambda here: into_torch_file(here, legacy=True), ""),
     "empty metadata": (respelt(lambda t: {"__metadata__": {}, **t}), ""),

@@ -55,6 +55,8 @@ def command(
 
     Without --rank, --energy and --dtype every number keeps its bytes; with them the summary says
     by how much the update differs. Several adapters go into a folder, each under its own name.
+    With --base, `--to peft` writes plain LoRA for any method that folds: exactly, or at --rank.
+    `--to bottleneck` writes a Compacter as the plain bottleneck that it is.
     """
     from loratools.commands.convert import convert
 
@@ -93,4 +95,6 @@ def _summary(results: Sequence[ConvertResult]) -> None:
             say(line)
         say(f"Written to {typed(result.output)} in {result.seconds:.1f} s.")
     if len(results) == 1:
-        say(f"Next: loratools merge {typed(results[0].output)} --base BASE -o MODEL")
+        place = typed(results[0].output)
+        fold = f"loratools merge {place} --base BASE -o MODEL"
+        say(f"Next: {fold if results[0].foldable else f'loratools check {place} --base BASE'}")

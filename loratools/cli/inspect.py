@@ -108,6 +108,8 @@ def _one(found: Inspection) -> None:
         return
     dtypes = ", ".join(found.dtypes)
     say(strong(f"{safe(found.source)}: {found.format} adapter, {human(found.nbytes)}"))
+    if found.runtime is not None:
+        say(_runtime(found.runtime))
     rows = [
         ("kinds", _counted(found.kinds)),
         ("ranks", _counted(found.ranks)),
@@ -124,6 +126,27 @@ def _one(found: Inspection) -> None:
         say("\n".join(lines).replace("\N{NO-BREAK SPACE}", " "))
     for line in problem_lines(found.problems):
         say(line)
+
+
+def _runtime(said: dict[str, Any]) -> str:
+    """A runtime adapter in its own terms; the parts of a union a line each."""
+    lines: list[str] = []
+    for one in said.get("parts") or [said]:
+        words = [
+            f"{key.replace('_', ' ')} {_value(value)}"
+            for key, value in one.items()
+            if key not in ("method", "parameters") and value is not None
+        ]
+        lines += entry("runtime", f"{shown(one['method'])}: {', '.join(words)}", 10, width())
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "+".join(shown(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else shown(value)
 
 
 def _about(found: Inspection) -> list[tuple[str, str]]:
@@ -157,7 +180,7 @@ def _table(found: Sequence[Inspection]) -> None:
         row = [
             safe(one.source),
             one.format,
-            "+".join(one.kinds),
+            "+".join(one.kinds) or (one.runtime or {}).get("method", ""),
             _span(one.ranks),
             _span(one.scalings),
             str(one.targets),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 loratools merge my-lora --base Llama-3.1-8B -o folded
 loratools merge a b -w 0.7,0.3 --rank 16 -o both
-loratools merge a b -w mean -b model -o out --dry-run"""
+loratools merge style -w "unet=0.8;text_encoder=0.4" -b sdxl -o baked"""
 USAGE = "-o OUT [OPTIONS]"
 
 Out = Annotated[
@@ -177,18 +177,23 @@ def command(
         summary(result)
 
 
-def parsed(weights: Sequence[str] | None) -> list[float] | str | None:
-    """`-w` as given: numbers between commas or one by one, or "mean"."""
-    words = [w.strip() for text in weights or () for w in text.split(",")]
-    if not words or words == ["mean"]:
-        return words[0] if words else None
-    try:
-        return [float(w) for w in words]
-    except ValueError:
-        given = ",".join(words)
-        raise error(
-            "usage", f"--weights {shown(given)}: expected numbers such as 0.7,0.3, or mean"
-        ) from None
+def parsed(weights: Sequence[str] | None) -> list[float | str] | str | None:
+    """`-w` as given: numbers between commas or one by one, parts one by one, or "mean"."""
+    texts = list(weights or ())
+    if texts in ([], ["mean"]):
+        return texts[0] if texts else None
+    words: list[float | str] = []
+    for text in texts:
+        if "=" in text:  # the numbers of `lbw` have commas too
+            words.append(text)
+            continue
+        try:
+            words += [float(w) for w in text.split(",")]
+        except ValueError:
+            given = shown(",".join(texts))
+            wanted = "numbers such as 0.7,0.3, or mean, or parts: unet=0.8;text_encoder=0.4"
+            raise error("usage", f"--weights {given}: expected {wanted}") from None
+    return words
 
 
 def summary(result: MergeResult) -> None:
@@ -200,8 +205,9 @@ def summary(result: MergeResult) -> None:
         say(_groups(result))
         say()
     say(f"  {result.targets} of {result.total} targets")
-    if len(result.weights) > 1:
-        say(f"  {result.method}, weights {', '.join(f'{w:g}' for w in result.weights)}")
+    if len(result.weights) > 1 or any(isinstance(w, str) for w in result.weights):
+        words = [safe(w) if isinstance(w, str) else f"{w:g}" for w in result.weights]
+        say(f"  {result.method}, weights {', '.join(words)}")
     if result.update_kept is not None:
         guess = " (estimated on some rows)" if result.dry_run else ""
         say(f"  {share(result.update_kept)} of the update kept{guess}")
@@ -222,7 +228,9 @@ def summary(result: MergeResult) -> None:
     place = typed(result.output)
     where = f" on {result.device}" if folded and result.device != "cpu" else ""
     say(f"Written to {place} in {result.seconds:.1f} s{where}.")
-    follow = f"loratools merge {place} --base BASE -o MODEL"
+    runs = result.adapter is not None and result.adapter.runtime is not None
+    fold = f"loratools merge {place} --base BASE -o MODEL"
+    follow = f"loratools check {place} --base BASE" if runs else fold
     say(f"Next: {f'loratools verify {place}' if folded else follow}")
 
 

@@ -93,7 +93,8 @@ Weights = Annotated[
         "--weights",
         "-w",
         metavar="W,...|mean",
-        help="One weight for each adapter, used as given: 0.7,-0.3 or repeated; mean is 1/n each.",
+        help="One weight for each adapter, used as given: 0.7,-0.3 or repeated; mean is 1/n each; "
+        'one for each part: "unet=0.8;text_encoder=0.4", lbw=1,0,... for blocks.',
         rich_help_panel=MATHS,
     ),
 ]

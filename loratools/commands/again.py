@@ -41,7 +41,7 @@ def recipe_arguments(
         **{key: recipe[key] for key in SAID if recipe.get(key)},
         "adapters": [a.name for a in loaded],
         "base": None if over is None else over.name,
-        "weights": [float(e["weight"]) for e in entries],
+        "weights": [e["weight"] for e in entries],
         "tied": ties == "tied",
         "untie": ties == "untied",
         "assume": [

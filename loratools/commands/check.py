@@ -10,9 +10,11 @@ from typing import Any
 from loratools import formats
 from loratools.adapter import Adapter
 from loratools.bind import bind
+from loratools.commands import runtimes
 from loratools.commands.inspect import as_json
 from loratools.commands.judging import Choice, assumptions, judge
 from loratools.commands.readers import Reader, findings
+from loratools.commands.weighing import Weight, require_used
 from loratools.errors import Problem
 from loratools.plan import Plan, Ties
 from loratools.weights.base import Base, headers
@@ -76,6 +78,9 @@ def check(
     plan, problems = fit(
         loaded, base, weights=None, only=only, skip=skip, ties=ties_from(tied, untie)
     )
+    fits = [runtimes.against(a, base) for a in loaded if a.runtime is not None and base is not None]
+    if fits:  # that it cannot be folded is no problem of fitting it
+        problems = runtimes.unfolded(problems, loaded) + [p for f in fits for p in f.problems]
     if data:
         from loratools.commands.numbers import adapter_numbers, sampled
 
@@ -88,8 +93,9 @@ def check(
     over = base.name if base else None
     return CheckResult(
         ok=not any(p.severity == "error" for p in judged.problems),
-        matched=sum(plan.matched) if plan else None,
-        total=sum(plan.total) if plan else sum(len(a.deltas) for a in loaded),
+        matched=sum(plan.matched) + sum(f.matched for f in fits) if plan else None,
+        total=(sum(plan.total) if plan else sum(len(a.deltas) for a in loaded))
+        + sum(f.total for f in fits),
         problems=judged.problems,
         waived=judged.waived,
         plan=plan,
@@ -120,7 +126,7 @@ def fit(
     adapters: Sequence[Adapter],
     base: str | Path | Base | None,
     *,
-    weights: Sequence[float] | None,
+    weights: Sequence[Weight] | None,
     only: Sequence[str],
     skip: Sequence[str],
     ties: Ties | None,
@@ -135,12 +141,13 @@ def fit(
     over = base if isinstance(base, Base) else headers(base)
     seen: list[str] = []
 
-    def chosen(target: str) -> bool:
-        seen.append(target)
-        return choice(target)
+    def chosen(*names: str) -> bool:
+        seen.extend(names)
+        return choice(*names)
 
     plan = bind(adapters, over, weights=weights, chosen=chosen, ties=ties)
     choice.require_used(seen)
+    require_used(weights or (), [a.name for a in adapters][: len(weights or ())])
     from loratools.receipt import merged_before
 
     return plan, [*plan.problems, *merged_before(over, adapters)]

@@ -13,15 +13,18 @@ from loratools.adapter import TORCH_NAMES, Adapter
 from loratools.containers.bundle import folders
 from loratools.errors import error, shown
 from loratools.plan import Plan
-from loratools.weights.base import HEADS, text_config
+from loratools.weights.base import HEADS, Base, text_config
+from loratools.weights.pipeline import is_index
 
 TOKENIZER = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "vocab.txt merges.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja "
     "chat_template.json"
 ).split()
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".ot")
-LEFT = (".index.json", ".onnx_data", ".lock", ".partial")
+WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot",
+)  # fmt: skip
+LEFT = (".onnx_data", ".lock", ".partial")
 SMALL = 50_000_000  # bytes of a companion file; larger ones are weights of some other sort
 # transformers 5 takes tie_word_embeddings=false for "do not scale" unless this key says otherwise.
 SAYS_SCALED = ("t5", "longt5", "pop2piano")
@@ -66,6 +69,11 @@ def plan_companions(
     folder = plan.base.bundle.path
     if folder is None or plan.base.bundle.chosen is not None:
         return found
+    if plan.base.components:
+        if tokenizer is not None and tokenizer != "base":
+            raise error("usage", "--tokenizer: each text encoder of a pipeline keeps its own")
+        _pipeline(plan.base, found, folder, dtype)
+        return found
     for path in sorted(folder.iterdir()):
         if path.is_file() and _is_companion(path):
             found.files[path.name] = path
@@ -86,9 +94,42 @@ def plan_companions(
     return found
 
 
+def _pipeline(base: Base, found: Companions, folder: Path, dtype: str | None) -> None:
+    """Every file of a pipeline but weights: model_index.json, configs, tokenizers, scheduler."""
+    left = []
+    for place in (folder, *folders(folder)):
+        files = folder.iterdir() if place == folder else place.rglob("*")
+        for path in sorted(path for path in files if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            if _is_companion(path):
+                found.files[name] = path
+                if path.suffix == ".py":
+                    found.notes.append(f"{shown(name)} is copied; it is code that loading may run")
+            elif path.name.lower().endswith(WEIGHTS) and not _is_read(base, name):
+                left.append(name)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        found.notes.append(f"{shown(left[0])}{more}: other weights than those read, left out")
+    for component, config in base.components.items():
+        changed = {k: TORCH_NAMES[dtype] for k in ("dtype", "torch_dtype") if k in config and dtype}
+        if any(config[k] != value for k, value in changed.items()):
+            text = json.dumps({**config, **changed}, indent=2, ensure_ascii=False) + "\n"
+            found.files[f"{component}/config.json"] = text.encode()
+            found.notes.append(f"{component}/config.json: {', '.join(changed)} changed")
+
+
+def _is_read(base: Base, name: str) -> bool:
+    return any(shard.name == name for shard in base.shards)
+
+
 def _is_companion(path: Path) -> bool:
     name = path.name.lower()
-    if name.startswith((".", "readme")) or name == "loratools.json" or name.endswith(LEFT):
+    if (
+        name.startswith((".", "readme"))
+        or name == "loratools.json"
+        or name.endswith(LEFT)
+        or is_index(name)
+    ):
         return False
     return not name.endswith(WEIGHTS) and path.stat().st_size <= SMALL
 

@@ -5,18 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from loratools import formats, receipt
-from loratools.adapter import Adapter, Dense, Kind, LowRank, Renormed, Replace, leaves
+from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Made, Replace, leaves
+from loratools.commands import runtimes
 from loratools.commands.check import fit, load_all
 from loratools.commands.inspect import as_json
 from loratools.commands.judging import Choice, judge
+from loratools.commands.lowering import said_of
 from loratools.commands.merge import checked_method, dtype_name, merge_adapters, save_merged
-from loratools.commands.writing import format_named, ready_for, shared_format, writes_file
+from loratools.commands.upon_base import needs_base, plain_upon
+from loratools.commands.writing import (
+    Ready,
+    format_named,
+    ready_for,
+    shared_format,
+    writes_file,
+)
 from loratools.errors import Problem, error, shown
+from loratools.rewriting import lowered
 from loratools.weights.base import headers
 
 
@@ -35,6 +46,7 @@ class ConvertResult:
     nbytes: int
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
+    foldable: bool = True  # no runtime adapter
 
     @property
     def lossless(self) -> bool:
@@ -78,31 +90,46 @@ def convert(
 ) -> list[ConvertResult]:
     """Write one adapter as `out`, or each of several into the folder `out` under its own name.
 
-    `to` is the format, else what the inputs share, or peft. Without `rank`, `energy` and `dtype`
+    `to` is the format, else what the inputs share, or peft; "bottleneck" is AdapterHub's with
+    Compacters expanded. Without `rank`, `energy` and `dtype`
     every factor keeps its bytes where the format can hold them. `base` tells what names and rows
-    depend on (heads, architecture) and is not read beyond its headers. Every problem of every
-    adapter is raised before anything is written; each output appears whole or not at all.
+    depend on (heads, architecture); to peft, it makes any method that folds a plain LoRA, exactly
+    or cut to `rank`, and its weights are read for that. Every problem of every adapter is raised
+    before anything is written; each output appears whole or not at all.
     """
-    to = format_named(to) if to else None
+    plain = to == "bottleneck"  # AdapterHub's, a Compacter expanded
+    to = format_named("adapterhub" if plain else to) if to else None
     _, rank = checked_method("linear", rank, energy)
     kind = dtype_name(dtype)
     paths = [adapters] if isinstance(adapters, str | Path) else list(adapters)
     if not paths:
         raise error("usage", "convert needs an adapter")
     loaded = load_all(paths, assume)
-    to = to or shared_format(loaded)
+    if plain:
+        loaded = [runtimes.expanded(a) for a in loaded]
+    if runtimes.is_runtime(loaded):
+        runtimes.refuse_choice(rank, energy, only, skip)
+    to = to or shared_format(loaded, out if len(loaded) == 1 else None)
     outputs = outputs_for(paths, Path(out), formats.WRITERS[to].SUFFIX or "")
     for output in outputs:
         writes_file(output, to)
     _, problems = fit(loaded, None, weights=None, only=only, skip=skip, ties=None)
     choice = Choice(tuple(only), tuple(skip))
-    if rank is not None or energy is not None:
-        problems += [p for a in loaded for p in _bound_to_base(a, choice)]
+    cut = rank is not None or energy is not None
     from loratools.commands.numbers import adapter_numbers
 
+    # What the files of one without deltas lack is to be said first.
+    if any(not a.deltas and a.runtime is None for a in loaded):
+        judge(problems, allow, fail_on).require()
     over = None if base is None else headers(base)
-    aligned = [ready_for(_chosen(a, choice), to, over) for a in loaded]
-    problems += [p for one in aligned for p in one.problems]
+    read = loaded
+    if over is not None and to == "peft" and not runtimes.is_runtime(loaded):
+        made = [plain_upon(a, over, cut=cut, chosen=choice) for a in loaded]
+        loaded = [a for a, _ in made]
+        problems += [p for _, found in made for p in found]
+    problems += [p for a in loaded for p in needs_base(a, choice, cut=cut)]
+    aligned = [ready_for(_chosen(a, choice, cut), to, over) for a in loaded]
+    problems += [p for one in aligned for p in one.problems if not (cut and one.will_be_cut(p))]
     judged = judge([*problems, *adapter_numbers(loaded)], allow, fail_on)
     judged.require()
     recipe = {
@@ -116,7 +143,7 @@ def convert(
         "allow": list(allow),
     }
     results = []
-    for adapter, one, path, output in zip(loaded, aligned, paths, outputs, strict=True):
+    for adapter, one, path, output in zip(read, aligned, paths, outputs, strict=True):
         began = perf_counter()
         found = [p for p in judged.problems if p.adapter in (None, adapter.name)]
         waived = [p for p in judged.waived if p.adapter in (None, adapter.name)]
@@ -148,18 +175,35 @@ def convert(
                 seconds=perf_counter() - began,
                 nbytes=saved.nbytes,
                 problems=tuple(found),
-                notes=(*one.notes, *_left_beside(adapter)),
+                notes=(*one.notes, *_made_plain(adapter, one), *_left_beside(adapter)),
+                foldable=adapter.runtime is None,
             )
         )
     return results
 
 
-def _chosen(adapter: Adapter, choice: Choice) -> Adapter:
-    """The adapter's deltas that --only and --skip leave, by its own names."""
+def _made_plain(adapter: Adapter, one: Ready) -> list[str]:
+    """What was made a plain LoRA upon the base, before it was made ready for its format."""
+    return [note for note in said_of(adapter, one.adapter) if note not in one.notes]
+
+
+def _chosen(adapter: Adapter, choice: Choice, cut: bool) -> Adapter:
+    """The adapter's deltas that --only and --skip leave, by its own names.
+
+    What is to be cut to another rank is no longer what its file holds (`original`).
+    """
+    if adapter.runtime is not None:
+        return adapter
+    if cut:
+        adapter = replace(adapter, original={})
     deltas = {key: delta for key, delta in adapter.deltas.items() if choice(key)}
     if not deltas:
         raise error("no_effect", "no target is left to convert")
-    return adapter if len(deltas) == len(adapter.deltas) else replace(adapter, deltas=deltas)
+    return (
+        adapter
+        if len(deltas) == len(adapter.deltas)
+        else replace(adapter, deltas=deltas, original={})
+    )
 
 
 def outputs_for(paths: Sequence[str | Path], out: Path, suffix: str = "") -> list[Path]:
@@ -184,18 +228,6 @@ def outputs_for(paths: Sequence[str | Path], out: Path, suffix: str = "") -> lis
     return [out / f"{name}{suffix}" for name in named]
 
 
-def _bound_to_base(adapter: Adapter, choice: Choice) -> list[Problem]:
-    bound = [k for k, d in adapter.deltas.items() if isinstance(d, Renormed) and choice(k)]
-    if not bound:
-        return []
-    message = (
-        f"{len(bound)} targets are DoRA, {shown(bound[0])} first: their rank cannot be reduced "
-        "alone, since the magnitudes belong to W0 + BA"
-    )
-    remedy = "convert it without --rank and --energy, or --skip these targets"
-    return [Problem("needs_base", message, "error", adapter.name, bound[0], remedy)]
-
-
 def difference_of(old: Adapter, new: Adapter) -> float | None:
     """sqrt(Σ‖ΔW − ΔW'‖² / Σ‖ΔW‖²) over the targets that both have; None where all are zero."""
     pairs = [(old.deltas[k], d) for k, d in new.deltas.items() if k in old.deltas]
@@ -207,6 +239,8 @@ def _norm_squared(delta: Kind) -> float:
     from loratools.algebra import widen
     from loratools.truncating import singular_values
 
+    if isinstance(delta, Made):
+        delta = lowered(delta)
     if isinstance(delta, LowRank):
         return float(singular_values(delta).square().sum())
     if isinstance(delta, Dense):
@@ -217,19 +251,27 @@ def _norm_squared(delta: Kind) -> float:
 
 
 def _distance_squared(old: Kind, new: Kind) -> float:
+    from loratools.adapter import Additive
     from loratools.algebra import add, scaled, widen
-    from loratools.rewriting import Additive
 
     if old is new:
         return 0.0
     if isinstance(old, Replace) and isinstance(new, Replace) and old.then and new.then:
         values = _distance_squared(replace(old, then=None), replace(new, then=None))
         return values + _distance_squared(old.then, new.then)
-    pairs = [(widen(a), widen(b)) for a, b in zip(leaves(old), leaves(new), strict=True)]
     if isinstance(old, Additive) and isinstance(new, Additive):
-        same = old.scaling == new.scaling and all(a.equal(b) for a, b in pairs)
-        return 0.0 if same else _norm_squared(add([old, scaled(new, -1.0)]))
+        same = type(old) is type(new) and old.scaling == new.scaling
+        if same and all(_equal(a, b) for a, b in zip_longest(leaves(old), leaves(new))):
+            return 0.0
+        return _norm_squared(add([old, scaled(new, -1.0)]))
+    pairs = [(widen(a), widen(b)) for a, b in zip(leaves(old), leaves(new), strict=True)]
     return sum(float((a - b).square().sum()) for a, b in pairs)
+
+
+def _equal(one: Leaf | None, other: Leaf | None) -> bool:
+    from loratools.algebra import widen
+
+    return one is not None and other is not None and widen(one).equal(widen(other))
 
 
 def _lost(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from loratools.commands.inspect import as_json, human, pair
 from loratools.commands.judging import judge
 from loratools.commands.merge import MergeResult, Progress
 from loratools.commands.numbers import KEPT, lost, pooled, sampled, survives
-from loratools.errors import Problem
+from loratools.errors import Problem, error, shown
 from loratools.folding import Cut, Tally, choose_device
 from loratools.plan import Plan
 from loratools.streaming import is_whole, stream
-from loratools.weights.layout import OutputShard, index_json, plan_shards
+from loratools.weights.layout import OutputShard, index_files, plan_shards
+from loratools.weights.placing import resolved
 from loratools.weights.publishing import publish
-
-INDEX = "model.safetensors.index.json"
 
 
 def fold(
@@ -45,6 +45,11 @@ def fold(
     rank, energy = recipe["rank"], recipe["energy"]
     cut = None if rank is None and energy is None else Cut(rank, energy)
     where = choose_device(device, plan)
+    as_file = out is not None and out.suffix == ".safetensors"
+    named = [(plan.base.name, plan.base.bundle.path), *((a.name, a.folder) for a in plan.adapters)]
+    inputs = [_input(name, folder) for name, folder in named if folder]
+    if out is not None:
+        resolved(out, as_file=as_file, inputs=inputs)  # a wrong call comes before all that it finds
     if any(p.severity == "error" for p in judge(problems, _known(allow, problems)).problems):
         judge(problems, allow, fail_on).require()
     sample = sampled(plan, dtype=dtype, cut=cut, min_kept=min_kept)
@@ -52,9 +57,15 @@ def fold(
     judged.require()
     companions = plan_companions(plan, dtype=dtype, tokenizer=recipe["tokenizer"])
     shards = output_shards(plan, dtype)
-    as_file = out is not None and out.suffix == ".safetensors"
-    if as_file and out is not None and len(shards) == 1:
-        shards = (OutputShard(out.name, shards[0].header, shards[0].size, shards[0].pieces),)
+    if as_file and out is not None:
+        if len(shards) > 1 or plan.base.components:
+            folder = shown(str(out.with_suffix("")))
+            raise error(
+                "usage",
+                f"-o {shown(str(out))}: the base is a folder of {len(shards)} files of weights, "
+                f"and so is the output; name a folder, such as -o {folder}",
+            )
+        shards = (replace(shards[0], name=out.name),)
         companions = Companions()
     nbytes = sum(s.size for s in shards)
     count = len(plan.adapters)
@@ -85,8 +96,6 @@ def fold(
     if dry_run or out is None:
         return result
     recipe = {"base": receipt.base_entry(plan.base), **recipe}
-    named = [(plan.base.name, plan.base.bundle.path), *((a.name, a.folder) for a in plan.adapters)]
-    inputs = [_input(name, folder) for name, folder in named if folder]
     with publish(
         out,
         as_file=as_file,
@@ -102,9 +111,9 @@ def fold(
             device=where, threads=threads, progress=progress,
         )  # fmt: skip
         files = [s.name for s in shards] + companions.write(output.folder)
-        if len(shards) > 1:
-            (output.folder / INDEX).write_bytes(index_json(shards))
-            files.append(INDEX)
+        for name, table in index_files(plan.base, shards).items():
+            (output.folder / name).write_bytes(table)
+            files.append(name)
         tallies = streamed.tallies
         receipt.write(
             output.folder,
@@ -137,7 +146,7 @@ def fold(
 
 def _input(name: str, folder: Path) -> Path:
     """What was named: one file, beside which an output may stand, or its folder."""
-    alone = not name.endswith(".index.json") and Path(name).is_file()
+    alone = not name.endswith("index.json") and Path(name).is_file()
     return Path(name) if alone else folder
 
 

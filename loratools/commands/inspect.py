@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from loratools import formats
-from loratools.adapter import Adapter, Kind, LowRank, Renormed, Replace, Source, leaves
+from loratools.adapter import (
+    Adapter,
+    Chained,
+    Experts,
+    Kind,
+    LowRank,
+    Renormed,
+    Replace,
+    Source,
+    leaves,
+)
 from loratools.commands.judging import assumptions
 from loratools.commands.listing import bundles_at, duplicates
 from loratools.commands.trained import architecture, frequent_tags, title, trigger_words
@@ -17,6 +27,8 @@ from loratools.containers.bundle import Bundle
 from loratools.containers.hashes import EMPTY, Hashes, civitai, same
 from loratools.errors import LoratoolsError, Problem, error, shown
 from loratools.formats.looking import looks_like
+from loratools.kinds import experts
+from loratools.runtime import described, distinct
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,7 @@ class Inspection:
     stored_hash: str | None = None  # AutoV3 as the file itself gives it, uncut
     hash_agrees: bool | None = None  # None where it was not computed, or none is stored
     duplicate_of: str | None = None
+    runtime: dict[str, Any] | None = None  # of an adapter that is no function of a weight
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints; its keys never change."""
@@ -67,6 +80,7 @@ class Inspection:
             "base": {"id": self.base, "revision": self.revision},
             "task": self.task,
             "foldable": self.foldable,
+            "runtime": self.runtime,
             "problems": [as_json(p) for p in self.problems],
             "error": as_json(self.error) if self.error else None,
             "architecture": self.architecture,
@@ -209,6 +223,8 @@ def describe(adapter: Adapter) -> Inspection:
     """An adapter in memory, described."""
     pairs = [p for d in adapter.deltas.values() if (p := pair(d)) is not None]
     kept = [leaf for d in adapter.deltas.values() for leaf in leaves(d)]
+    if adapter.runtime is not None:
+        kept += distinct(adapter.runtime.tensors)
     base = adapter.config.get("base_model_name_or_path")
     stops = ("not_foldable", "unknown_type", "residual_base")
     return Inspection(
@@ -226,9 +242,10 @@ def describe(adapter: Adapter) -> Inspection:
         base=base if isinstance(base, str) and base else None,
         revision=adapter.config.get("revision"),
         task=adapter.config.get("task_type"),
-        foldable=not any(p.code in stops for p in adapter.problems),
+        foldable=not any(p.code in stops and p.severity == "error" for p in adapter.problems),
         problems=adapter.problems,
         adapter=adapter,
+        runtime=None if adapter.runtime is None else described(adapter.runtime),
     )
 
 
@@ -239,6 +256,10 @@ def pair(delta: Kind) -> LowRank | None:
             return delta
         case Renormed(delta=LowRank() as inner):
             return inner
+        case Experts():
+            return experts.single(delta, 0)
+        case Chained(method="pissa" | "olora", parts=parts):
+            return LowRank(parts["a"], parts["b"], delta.scaling)
         case Replace(then=then) if then is not None:
             return pair(then)
         case _:

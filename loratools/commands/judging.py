@@ -6,9 +6,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from loratools.errors import CODES, Problem, error, refusal, shown
+
+# What readers of formats may be told because their files cannot say it.
+ASSUMABLE = (
+    "alpha", "conv", "embedding", "enable_lora", "experts", "fan_in_fan_out", "glora",
+    "kohya_split_qkv", "lycoris_rs_lora",
+    "merged", "oft", "orientation", "residual", "scale", "task", "task_type",
+    "weights_sharpness",
+)  # fmt: skip
 
 # Group words for --only and --skip: what the layers of most architectures are called.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -26,6 +33,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "experts": ("*expert*",),
     "unet": ("unet.*", "*unet_*"),
     "text_encoder": ("text_encoder*", "*te_text_model*", "*te[12]_text_model*"),
+    "text_encoder_2": ("text_encoder_2.*", "*te2_text_model*"),
+    "text_encoder_3": ("text_encoder_3.*",),
+    "transformer": (
+        "transformer.*",
+        "lora_transformer_*",
+        "lora_unet__blocks_*",
+        "lora_unet_double_blocks_*",
+        "lora_unet_single_blocks_*",
+        "lora_unet_joint_blocks_*",
+        "lora_unet_transformer_blocks_*",
+    ),
+    "prior": ("prior.*",),
 }
 
 
@@ -36,24 +55,26 @@ class Choice:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
-    def __call__(self, target: str) -> bool:
-        if self.only and not any(_matches(g, target) for g in self.only):
+    def __call__(self, *names: str) -> bool:
+        """Whether a target takes part, which may have several names."""
+        if self.only and not any(matches(g, n) for g in self.only for n in names):
             return False
-        return not any(_matches(g, target) for g in self.skip)
+        return not any(matches(g, n) for g in self.skip for n in names)
 
     def require_used(self, names: Iterable[str]) -> None:
         """UsageError for a glob that names no target at all: a typing mistake, most likely."""
         names = list(names)
         for option, globs in (("--only", self.only), ("--skip", self.skip)):
             for glob in globs:
-                if not any(_matches(glob, n) for n in names):
+                if not any(matches(glob, n) for n in names):
                     listed = ", ".join(shown(n) for n in names[:3])
                     raise error(
                         "usage", f"{option} {shown(glob)} names no target; targets are {listed} ..."
                     )
 
 
-def _matches(glob: str, target: str) -> bool:
+def matches(glob: str, target: str) -> bool:
+    """Whether a glob or group word names a target."""
     patterns = GROUPS.get(glob, (glob,))
     return any(fnmatchcase(target, p) or fnmatchcase(target, f"{p}.weight") for p in patterns)
 
@@ -127,57 +148,11 @@ def assumptions(given: Sequence[str], count: int) -> list[dict[str, str]]:
         if not match:
             raise error("usage", f"--assume {shown(text)}: expected KEY=VALUE or N:KEY=VALUE")
         number, key, value = match.groups()
-        if key not in ("alpha",):
-            raise error("usage", f"--assume {shown(key)}: known keys are alpha")
+        if key not in ASSUMABLE:
+            known = ", ".join(ASSUMABLE)
+            raise error("usage", f"--assume {shown(key)}: known keys are {known}")
         if number is not None and not 1 <= int(number) <= count:
             raise error("usage", f"--assume {shown(text)}: there are {count} adapters")
         for i in range(count) if number is None else [int(number) - 1]:
             found[i][key] = value
     return found
-
-
-def weights_for(
-    adapters: Sequence[str], weights: Sequence[float] | str | None, *, required: bool
-) -> tuple[list[str], list[float]]:
-    """Paths and weights: from `PATH:0.7`, a list, or "mean"; one adapter alone counts once.
-
-    UsageError where several adapters come without, where counts differ, or for 0, NaN, infinity.
-    """
-    paths, inline = [], []
-    for text in adapters:
-        path, weight = _inline(text)
-        paths.append(path)
-        inline.append(weight)
-    if any(w is not None for w in inline):
-        if weights is not None:
-            raise error("usage", "weights stand behind a path and in --weights: give them once")
-        if any(w is None for w in inline):
-            lacking = paths[[w is None for w in inline].index(True)]
-            raise error("usage", f"{shown(lacking)} has no weight, others have one")
-        found = [w for w in inline if w is not None]
-    elif weights == "mean":
-        found = [1 / len(paths)] * len(paths)
-    elif weights is None or isinstance(weights, str):
-        if len(paths) > 1 and required:
-            n = len(paths)
-            ones, mean = ",".join(["1"] * n), ",".join([f"{1 / n:.3g}"] * n)
-            raise error(
-                "usage",
-                f"{n} adapters need weights: -w {ones} adds them up, -w mean ({mean}) averages",
-            )
-        found = [1.0] * len(paths)
-    else:
-        found = [float(w) for w in weights]
-    if len(found) != len(paths):
-        raise error("usage", f"{len(found)} weights for {len(paths)} adapters")
-    for weight in found:
-        if weight == 0 or weight - weight != 0:
-            raise error("usage", f"weight {weight:g}: expected any finite number but 0")
-    return paths, found
-
-
-def _inline(text: str) -> tuple[str, float | None]:
-    if Path(text).exists():  # an existing path wins
-        return text, None
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", text, re.DOTALL)
-    return (match[1], float(match[2])) if match else (text, None)

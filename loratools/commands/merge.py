@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from loratools import receipt
-from loratools.adapter import FLOATS, Adapter, Kind, Leaf
+from loratools import formats
+from loratools.adapter import FLOATS, Adapter, Kind, Leaf, Original
+from loratools.commands import runtimes, weighing
 from loratools.commands.check import fit, load_all, ties_from
 from loratools.commands.inspect import as_json
-from loratools.commands.judging import judge, weights_for
-from loratools.commands.writing import format_named, publish_adapter, ready_for, shared_format
+from loratools.commands.judging import judge
+from loratools.commands.parents import child_of, common_config
+from loratools.commands.weighing import Given, Weight, weights_for
+from loratools.commands.writing import (
+    format_named,
+    publish_adapter,
+    ready_for,
+    shared_format,
+)
 from loratools.errors import Problem, error, shown
 
 DTYPES = {
@@ -33,7 +41,7 @@ class MergeResult:
     targets: int
     total: int
     method: str
-    weights: list[float]
+    weights: list[float | str]  # a number each, or parts as they are typed
     truncation_error: float | None
     update_kept: float | None
     seconds: float
@@ -75,7 +83,7 @@ def merge(
     *,
     out: str | Path | None = None,
     to: str | None = None,
-    weights: Sequence[float] | str | None = None,
+    weights: Sequence[Given] | Mapping[str, Any] | str | None = None,
     method: str = "linear",
     rank: int | None = None,
     energy: float | None = None,
@@ -105,7 +113,8 @@ def merge(
     `adapters` and `base` only say where its inputs may lie.
 
     `weights` are used as given; None means 1 for a single adapter and is refused for several;
-    "mean" is 1/n each. `rank` (a ceiling) or `energy` (share of squared singular values) truncate
+    "mean" is 1/n each; one may be of parts: "unet=0.8;text_encoder=0.4", or a mapping. `rank` (a
+    ceiling) or `energy` (share of squared singular values) truncate
     the merged update optimally. Raises the errors of `loratools.errors`; nothing is written
     before every check has passed, and `out` appears whole or not at all.
     """
@@ -124,6 +133,7 @@ def merge(
         )  # fmt: skip
     if not adapters:
         raise error("usage", "merge needs adapters; see `loratools merge --help`")
+    asked = method
     method, rank = checked_method(method, rank, energy)
     to = format_named(to) if to else None
     paths, factors = weights_for([str(a) for a in adapters], weights, required=True)
@@ -141,7 +151,7 @@ def merge(
         loaded, base, weights=factors, only=only, skip=skip, ties=ties_from(tied, untie)
     )
     made_from = {
-        "adapters": [receipt.adapter_entry(a, w) for a, w in zip(loaded, factors, strict=True)],
+        "adapters": weighing.inputs(loaded, factors),
         "method": method,
         "rank": rank,
         "energy": energy,
@@ -154,6 +164,10 @@ def merge(
     }
     from loratools.commands.numbers import adapter_numbers
 
+    if runtimes.is_runtime(loaded):
+        made_from["method"] = method = asked
+        if plan is not None and not plan.targets:
+            judge(problems, (), fail_on).require()  # nothing would change: no --allow helps
     problems += adapter_numbers(loaded)
     if plan is not None and to is not None:
         raise error("usage", f"--to {shown(to)}: with --base the output is a model; leave --to out")
@@ -177,15 +191,23 @@ def merge(
             progress=progress,
         )
     else:
-        made_from["to"] = to = to or shared_format(loaded)
+        # What the files of one without deltas lack is to be said first.
+        if any(not a.deltas and a.runtime is None for a in loaded):
+            judge(problems, allow, fail_on).require()
+        made_from["to"] = to = to or shared_format(loaded, out)
         aligned = [ready_for(a, to) for a in loaded]
         problems += [p for one in aligned for p in one.problems]
         judged = judge(problems, allow, fail_on)
         judged.require()
         merged = merge_adapters(
-            [one.adapter for one in aligned], factors, method=method, rank=rank, energy=energy,
-            dtype=kind, only=only, skip=skip,
+            [one.adapter for one in aligned], factors, rank=rank, energy=energy,
+            method=method, dtype=kind, only=only, skip=skip,
         )  # fmt: skip
+        if merged.adapter.runtime is None:  # a sum may be of a kind that none of its terms was
+            known = {p.target for one in aligned for p in one.problems}
+            unsaid = [p for p in formats.WRITERS[to].lost(merged.adapter) if p.target not in known]
+            judge(unsaid, allow, fail_on).require()
+        merged = replace(merged, adapter=child_of(merged.adapter, loaded, to, out))
         result = save_merged(
             merged,
             to,
@@ -198,9 +220,11 @@ def merge(
             hash=hash,
             count=len(loaded),
         )
-        result.notes = tuple(dict.fromkeys(note for one in aligned for note in one.notes))
+        words = [note for one in aligned for note in one.notes] + runtimes.notes(loaded, asked)
+        result.notes = tuple(dict.fromkeys(words))
         result.dry_run = dry_run
-    result.weights = factors
+    result.weights, notes = weighing.said(factors)
+    result.notes += notes
     result.seconds = perf_counter() - began
     return result
 
@@ -257,7 +281,7 @@ class Summed:
 
 def merge_adapters(
     adapters: Sequence[Adapter],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     *,
     method: str = "linear",
     rank: int | None = None,
@@ -275,17 +299,25 @@ def merge_adapters(
     from loratools.folding import one_thread
     from loratools.merging import METHODS
 
+    if runtimes.is_runtime(adapters):
+        runtimes.refuse_choice(rank, energy, only, skip)
+        one = runtimes.merged(
+            adapters,
+            weighing.plain(weights, "virtual tokens and prefixes"),
+            method=method,
+            dtype=dtype,
+        )
+        return Summed(one, 0.0, 0.0, {})
     choice = Choice(tuple(only), tuple(skip))
     keys = list(dict.fromkeys(k for a in adapters for k in a.deltas if choice(k)))
-    if not keys:
+    sums = weighing.sums(adapters, weights, keys)
+    if not sums:
         raise error("no_effect", "no target is left to merge")
     deltas: dict[str, Kind] = {}
     residual = total = 0.0
     errors: dict[str, float] = {}
     with one_thread():
-        for key in keys:
-            terms = [(w, a.deltas[key]) for a, w in zip(adapters, weights, strict=True)
-                     if key in a.deltas]  # fmt: skip
+        for key, terms in sums.items():
             summed = METHODS[method](terms, rank=rank, energy=energy)
             alone = len(terms) == 1 and terms[0][0] == 1 and rank is None and energy is None
             deltas[key] = summed.delta if alone and not dtype else rounded(
@@ -296,12 +328,17 @@ def merge_adapters(
                 errors[key] = (summed.residual / summed.total) ** 0.5
     first = adapters[0]
     config = first.config if len(adapters) == 1 else common_config(adapters)
+    same = len(adapters) == 1 and weights[0] == 1 and rank is None and energy is None
+    same = same and len(deltas) == len(first.deltas)
+    stored = {k: _as_dtype(v, dtype) for k, v in first.original.items()} if same else {}
+    original = Original(stored, deltas) if stored else {}
     merged = replace(
         first,
         deltas=deltas,
+        original=original,
         config=config,
         metadata=first.metadata if len(adapters) == 1 else {},
-        name="merged",
+        name=first.name if len(adapters) == 1 else "merged",
         folder=None,
         files=(),
         transposed=frozenset().union(*(a.transposed for a in adapters)),
@@ -312,34 +349,24 @@ def merge_adapters(
 
 def rounded(delta: Kind, dtype: str) -> Kind:
     """A delta with its tensors in a storage dtype, rounded once; `overflow` if one does not fit."""
-    from loratools.algebra import held, map_leaves, widen
+    from loratools.algebra import map_leaves
+
+    return map_leaves(delta, lambda leaf: _as_dtype(leaf, dtype))
+
+
+def _as_dtype(leaf: Leaf, dtype: str | None) -> Leaf:
+    """A tensor of floats rounded to a storage dtype; others, and without a dtype, as they are."""
+    if dtype is None or leaf.dtype not in FLOATS:
+        return leaf
+    from loratools.algebra import held, widen
     from loratools.folding import torch_dtype
     from loratools.narrowing import narrow, not_finite
 
-    def narrowed(leaf: Leaf) -> Leaf:
-        if leaf.dtype not in FLOATS:
-            return leaf
-        wide = widen(leaf)
-        out = narrow(wide, torch_dtype(dtype))
-        if not_finite(out) > not_finite(wide):
-            raise error("overflow", f"{shown(leaf.name)} does not fit {dtype}; try --dtype fp32")
-        return held(out, leaf.name)
-
-    return map_leaves(delta, narrowed)
-
-
-def common_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The config fields on which all agree, targets and saved modules united."""
-    configs = [a.config for a in adapters]
-    first = configs[0]
-    config = {k: v for k, v in first.items() if all(k in c and c[k] == v for c in configs)}
-    for field_name in ("target_modules", "modules_to_save"):
-        lists = [c.get(field_name) for c in configs]
-        if field_name not in config and all(isinstance(v, list) or v is None for v in lists):
-            config[field_name] = sorted({m for v in lists for m in v or []})
-    config.setdefault("base_model_name_or_path", first.get("base_model_name_or_path"))
-    config.pop("peft_version", None)
-    return config
+    wide = widen(leaf)
+    out = narrow(wide, torch_dtype(dtype))
+    if not_finite(out) > not_finite(wide):
+        raise error("overflow", f"{shown(leaf.name)} does not fit {dtype}; try --dtype fp32")
+    return held(out, leaf.name)
 
 
 def save_merged(

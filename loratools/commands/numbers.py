@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from loratools.adapter import FLOATS, Adapter, Leaf, LowRank, leaves
+from loratools.adapter import FLOATS, Adapter, Experts, Leaf, LowRank, leaves
 from loratools.errors import Problem, Severity, shown
 from loratools.folding import Cut, Tally, fold_sample, one_thread, torch_dtype
 from loratools.narrowing import not_finite
 from loratools.plan import Plan
+from loratools.runtime import distinct
 from loratools.streaming import default_threads
 
 KEPT = 0.9  # below this share of the update a fold warns, and as far above 1
@@ -25,6 +26,10 @@ def adapter_numbers(adapters: Sequence[Adapter]) -> list[Problem]:
     problems = []
     for adapter in adapters:
         zero, pairs = [], 0
+        for leaf in distinct(adapter.runtime.tensors) if adapter.runtime is not None else ():
+            if bad := not_finite(leaf.tensor()):
+                message = f"{shown(leaf.name)}: {bad} NaN or infinite values"
+                problems.append(Problem("nonfinite", message, "error", adapter.name, leaf.name))
         for key, delta in adapter.deltas.items():
             ranges = {leaf.name: _range(leaf) for leaf in leaves(delta)}
             for leaf in leaves(delta):
@@ -33,7 +38,7 @@ def adapter_numbers(adapters: Sequence[Adapter]) -> list[Problem]:
                 bad = not_finite(leaf.tensor())
                 message = f"{shown(leaf.name)}: {bad} NaN or infinite values"
                 problems.append(Problem("nonfinite", message, "error", adapter.name, key))
-            if isinstance(delta, LowRank):
+            if isinstance(delta, LowRank | Experts):
                 pairs += 1
                 if (0, 0) in (ranges[delta.a.name], ranges[delta.b.name]):
                     zero.append(key)

@@ -14,7 +14,7 @@ from loratools.commands.reader_rules import FOLD, READERS, RULES, Rule
 from loratools.commands.reader_triggers import Seen, pairs
 from loratools.containers.bundle import local
 from loratools.errors import LoratoolsError, Problem, Severity, error, shown
-from loratools.formats.reading import tensors_of
+from loratools.formats.reading import contents
 
 Version = tuple[int, ...]
 NEWEST = ("", "latest", "main", "master", "nightly", "dev", "head")
@@ -163,7 +163,7 @@ def keys_of(adapter: Adapter) -> tuple[str, ...]:
         path = adapter.folder / name
         if path.exists() and name.endswith((".safetensors", ".bin", ".pt", ".ckpt", ".pth")):
             try:
-                return tuple(tensors_of(local(path), name)[0])
+                return tuple(contents(local(path), name)[0])
             except LoratoolsError:
                 pass  # a container in which only its own format finds its tensors
     return tuple(leaf.name for d in adapter.deltas.values() for leaf in leaves(d))

@@ -15,6 +15,8 @@ from loratools.commands.companions import changed_config
 from loratools.commands.folded import output_shards
 from loratools.commands.merge import DTYPES, merge_adapters
 from loratools.commands.verify import Progress, VerifyResult
+from loratools.commands.weighing import Weight, weight
+from loratools.containers.bundle import folders
 from loratools.containers.local import LocalFile
 from loratools.errors import LoratoolsError, error, shown
 from loratools.folding import Cut
@@ -22,6 +24,7 @@ from loratools.proving.differences import Mismatch
 from loratools.proving.own import Replayed, replay_fold, replay_merge
 from loratools.receipt import Receipt
 from loratools.weights.base import Base, headers
+from loratools.weights.pipeline import INDEX
 from loratools.weights.placing import WEIGHTS
 
 if TYPE_CHECKING:
@@ -65,7 +68,7 @@ def by_receipt(
     sources = Sources(proof, base, adapters, inputs)
     is_fold = "base" in proof.part("recipe")
     try:
-        checked = _digests(proof) if is_fold else len(formats.read(model).deltas)
+        checked = _digests(proof) if is_fold else _parts(formats.read(model))
         replayed = (_fold if is_fold else _merge)(proof, sources, progress)
     except LoratoolsError as cause:
         if not proof.mismatches:
@@ -107,10 +110,12 @@ def _files(proof: Proof) -> None:
         elif "sha256" in known:
             proof.hashed.add(name)
     if proof.model.is_dir():
-        for path in sorted(folder.iterdir()):
+        inner = folders(folder) if INDEX in outputs else ()  # the components of a pipeline
+        for path in sorted(path for each in (folder, *inner) for path in each.iterdir()):
+            name = path.relative_to(folder).as_posix()
             is_read = path.suffix.lower() in READ_TOO and path.name != receipt.NAME
-            if is_read and path.name not in outputs and path.is_file():
-                proof.mismatches.append(Mismatch("not in the receipt", None, path.name))
+            if is_read and name not in outputs and path.is_file():
+                proof.mismatches.append(Mismatch("not in the receipt", None, name))
 
 
 def _digests(proof: Proof) -> int:
@@ -280,6 +285,13 @@ def _merge(proof: Proof, sources: Sources, progress: Progress | None) -> Replaye
     if recipe["to"] not in (None, "peft"):
         proof.notes.append(f"what was converted to {shown(recipe['to'])} is not replayed")
         return None
+    runtime = [a for a in adapters if a.runtime is not None]
+    if any(a.format != "peft" for a in runtime):
+        proof.notes.append("what was converted from another container is not replayed")
+        return None
+    if recipe["method"] == "cat" and not runtime:
+        message = f"{shown(proof.receipt.path)}: method is cat, for updates of weights"
+        raise error("malformed", message)
     _, same = _arithmetic(proof)
     merged = merge_adapters(
         adapters,
@@ -297,6 +309,11 @@ def _merge(proof: Proof, sources: Sources, progress: Progress | None) -> Replaye
     )
 
 
+def _parts(adapter: Adapter) -> int:
+    """How many deltas an adapter has, or of a runtime adapter tensors."""
+    return len(adapter.deltas) + (len(adapter.runtime.tensors) if adapter.runtime else 0)
+
+
 def _recipe(proof: Proof) -> dict[str, Any]:
     """The options that a replay needs, None where absent; MalformedError for other values."""
     from loratools.merging import METHODS
@@ -306,7 +323,7 @@ def _recipe(proof: Proof) -> dict[str, Any]:
         "energy": lambda v: isinstance(v, float | int) and 0 < v <= 1,
         "dtype": lambda v: v in list(DTYPES.values()),
         "ties": lambda v: v in ("tied", "untied"),
-        "method": lambda v: v in list(METHODS),
+        "method": lambda v: v in [*METHODS, "cat"],
         "only": _are_texts,
         "skip": _are_texts,
         "to": lambda v: isinstance(v, str),
@@ -324,11 +341,17 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _weights(proof: Proof) -> list[float]:
+def _weights(proof: Proof) -> list[Weight]:
     weights = [e.get("weight") for e in proof.part("recipe", "adapters", kind=list)]
-    if not all(isinstance(w, int | float) and not isinstance(w, bool) for w in weights):
+    parts = [w for w in weights if isinstance(w, str) and "=" in w]
+    numbers = [w for w in weights if isinstance(w, int | float) and not isinstance(w, bool)]
+    if len(parts) + len(numbers) < len(weights):
         raise error("malformed", f"{shown(proof.receipt.path)}: a weight is no number")
-    return [float(w) for w in weights]
+    try:
+        return [weight(w) for w in weights]
+    except LoratoolsError as cause:
+        message = f"{shown(proof.receipt.path)}: {cause.message}"
+        raise error("malformed", message) from None
 
 
 def _arithmetic(proof: Proof) -> tuple[torch.device, bool]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from loratools import receipt
 from loratools.adapter import Adapter
 from loratools.commands.check import fit, load_all, ties_from
-from loratools.commands.judging import judge, weights_for
+from loratools.commands.judging import judge
+from loratools.commands.weighing import Given, weights_for
 from loratools.errors import Problem, error, refusal, shown
 from loratools.plan import Plan, Ties
 from loratools.weights.base import Base, headers, text_config
@@ -58,7 +59,7 @@ def verify(
     *,
     base: str | Path | None = None,
     adapters: Sequence[str | Path] = (),
-    weights: Sequence[float] | str | None = None,
+    weights: Sequence[Given] | Mapping[str, Any] | str | None = None,
     require: str | None = None,
     inputs: Sequence[str | Path] = (),
     only: Sequence[str] = (),
@@ -111,7 +112,7 @@ def _foreign(
     model: str | Path,
     base: str | Path,
     adapters: Sequence[str | Path],
-    weights: Sequence[float] | str | None,
+    weights: Sequence[Given] | Mapping[str, Any] | str | None,
     *,
     only: Sequence[str],
     skip: Sequence[str],

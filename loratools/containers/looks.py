@@ -114,7 +114,7 @@ LOOKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         "a text encoder (CLIP; one component of an image model)",
-        (r"(?:^|\.)text_model\.encoder\.layers\.0\.",),
+        (r"(?:^|\.)(?:text_model\.encoder\.layers|model\.transformer\.resblocks)\.0\.",),
     ),
     (
         "a text encoder (T5)",

@@ -18,7 +18,7 @@ from loratools.adapter import DTYPE_BITS, Leaf, Source
 from loratools.containers import strict_json
 from loratools.containers.local import LocalFile
 from loratools.containers.looks import what_it_is
-from loratools.errors import LoratoolsError, error, shown
+from loratools.errors import error, shown
 
 HEADER_LIMIT = 50_000_000  # bytes; 138,850 per-expert tensors take 20 MB
 METADATA = "__metadata__"
@@ -166,35 +166,40 @@ def _metadata(found: Any, what: str) -> dict[str, str]:
 
 
 def _leaf(name: str, entry: dict[str, Any], source: Source | None, start: int, what: str) -> Leaf:
-    def malformed(message: str) -> LoratoolsError:
-        return error("malformed", f'{what}: tensor "{shown(name)}": {message}')
+    if fault := _fault(entry):
+        raise error("malformed", f'{what}: tensor "{shown(name)}": {fault}')
+    begin: int = entry["data_offsets"][0]
+    return Leaf(name, entry["dtype"], tuple(entry["shape"]), source, start + begin)
 
+
+def _fault(entry: dict[str, Any]) -> str | None:
+    """What is wrong with a tensor's entry, in words."""
     if entry.keys() != _FIELDS:
         if absent := _FIELDS - entry.keys():
-            raise malformed(f"its entry lacks {', '.join(sorted(absent))}")
+            return f"its entry lacks {', '.join(sorted(absent))}"
         extra = shown(", ".join(sorted(entry.keys() - _FIELDS)))
-        raise malformed(f"its entry has unknown fields ({extra})")
+        return f"its entry has unknown fields ({extra})"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise malformed(f"unknown dtype {shown(dtype)}")
+        return f"unknown dtype {shown(dtype)}"
     if not _wholes(shape):
-        raise malformed(f"its shape {shown(shape)} is no list of whole numbers")
+        return f"its shape {shown(shape)} is no list of whole numbers"
     if len(shape) > DIMENSIONS:
-        raise malformed(f"{len(shape)} dimensions, at most {DIMENSIONS} are read")
+        return f"{len(shape)} dimensions, at most {DIMENSIONS} are read"
     if max(shape, default=0) > EXTENT or math.prod(filter(None, shape)) > _TOTAL:
-        raise malformed(f"its shape {shown(shape)} is larger than any tensor")
+        return f"its shape {shown(shape)} is larger than any tensor"
     nbytes, odd = divmod(math.prod(shape) * DTYPE_BITS[dtype], 8)
     if odd:
-        raise malformed(f"{dtype} {shown(shape)} is no whole number of bytes")
+        return f"{dtype} {shown(shape)} is no whole number of bytes"
     if not _wholes(offsets) or len(offsets) != 2:
-        raise malformed(f"its data_offsets {shown(offsets)} are no two whole numbers")
+        return f"its data_offsets {shown(offsets)} are no two whole numbers"
     begin, end = offsets
     if end - begin != nbytes:
-        raise malformed(
+        return (
             f"{dtype} {shown(shape)} takes {nbytes} bytes, its data_offsets {shown(offsets)} "
             f"hold {end - begin}"
         )
-    return Leaf(name, dtype, tuple(shape), source, start + begin)
+    return None
 
 
 def _wholes(found: Any) -> bool:

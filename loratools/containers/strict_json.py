@@ -96,6 +96,9 @@ def _loads(raw: bytes, limit: int, depth: int) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    whole = dict(pairs)
+    if len(whole) == len(pairs):
+        return whole
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

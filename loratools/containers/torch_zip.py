@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from loratools.adapter import DTYPE_BITS, Leaf, Source
+from loratools.containers.local import LocalFile
 from loratools.containers.looks import what_it_is
 from loratools.containers.pickle_walk import LIMIT, STEPS, walk
 from loratools.containers.torch_records import (
@@ -45,6 +46,16 @@ def state_dict(source: Source) -> TorchFile:
     Entries that are no tensors are extras; inside a wrapper their keys get its name in front.
     Raises what `read` raises, and not_weights where the object is no such dict.
     """
+    kept = _recent(source) if isinstance(source, LocalFile) else _state_dict(source)
+    return TorchFile(dict(kept.tensors), dict(kept.extras))
+
+
+@lru_cache(maxsize=2)  # every format that asks what a file is reads it
+def _recent(source: LocalFile) -> TorchFile:
+    return _state_dict(source)
+
+
+def _state_dict(source: Source) -> TorchFile:
     what = shown(source.name)
     found = read(source)
     if not isinstance(found, dict):
@@ -92,6 +103,8 @@ def read(source: Source) -> Any:
     not_weights for other files, TorchScript and the tar format among them.
     """
     head = source.read(0, min(source.size, 512))
+    if not head:
+        raise error("truncated", f"{shown(source.name)} is empty; fetch it again")
     if head.startswith(b"PK"):
         return _read_zip(source)
     if head[257:262] == b"ustar":

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter import Adapter, Kind, Leaf, LowRank, Renormed, Replace
+from loratools.adapter import Adapter, Kind, Leaf, LowRank, Renormed, Replace, Runtime
 from loratools.containers import strict_json
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, Problem, error, shown
@@ -16,38 +16,41 @@ from loratools.formats.adapterhub_keys import (
     HEADS,
     LORAS,
     PARTS,
-    Method,
     Part,
     is_adapterhub,
     is_faulty,
     method_of,
     part_of,
 )
+from loratools.formats.adapterhub_others import OTHERS, read_other
+from loratools.formats.adapterhub_runtime import runtime_of
 from loratools.formats.adapterhub_writing import (
     CONFIG,
     HEAD_CONFIG,
     HEAD_WEIGHTS,
     WEIGHTS,
+    as_read,
     losses,
+    unchanged,
     written,
 )
 from loratools.formats.grouped import FUSED, scattered
-from loratools.formats.reading import Reading
+from loratools.formats.reading import Reading, contents
 from loratools.formats.state_dicts import (
     ask,
-    contents,
     flags,
     keys_of,
-    mention,
     note_rest,
     unwrapped_all,
 )
+from loratools.runtime import refusal
 from loratools.views import reshaped
 
 SUFFIX = None
 VOCABULARY = "hf"
 FUSION = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
 FUSION_CONFIG = "adapter_fusion_config.json"
+_PAIRS = ("LoRA", "DoRA")
 _CONFIGS = {CONFIG: WEIGHTS, FUSION_CONFIG: FUSION, HEAD_CONFIG: HEAD_WEIGHTS}
 
 
@@ -84,7 +87,7 @@ def _json(bundle: Bundle, name: str, *, lenient: bool = False) -> dict[str, Any]
 
 
 def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
-    """An adapter from its headers: LoRA and DoRA as deltas, other methods by their name alone."""
+    """An adapter from its headers: deltas where a weight can hold it, else a runtime adapter."""
     reading = Reading(bundle.name, assume)
     file = bundle.chosen or next(
         (n for names in _CONFIGS.values() for n in names if n in bundle), None
@@ -109,14 +112,15 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
             reading.unexplained([key])
         else:
             parts[key] = (part, leaf)
-    if not head_alone:
-        _adapter(reading, config, parts)
-        if file in WEIGHTS:
-            mention(reading, bundle, file, [n for n in WEIGHTS if n in bundle and n != file])
+    runtime = None if head_alone else _adapter(reading, config, parts)
+    for names in _CONFIGS.values():
+        if file in names:
+            reading.mention(bundle, file, [n for n in names if n in bundle])
     head_file = next((n for n in HEAD_WEIGHTS if n in bundle), None)
     said: dict[str, Any] = dict(config)
     if head_file is not None and not head_alone and file in WEIGHTS:
         if bundle.chosen is None:
+            reading.mention(bundle, head_file, [n for n in HEAD_WEIGHTS if n in bundle])
             more, _, beyond = contents(bundle, head_file)
             heads |= unwrapped_all(more)
             extras |= beyond
@@ -129,8 +133,8 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
             reading.problem("unexplained", message, severity="note")
     _heads(reading, heads)
     note_rest(reading, extras, file)
-    if parts:
-        method = method_of(_inner(config), parts)
+    method = method_of(_inner(config), parts) if parts else None
+    if method is not None:
         said["method"] = {"name": method.name, **method.numbers}
     if isinstance(config.get("model_name"), str) and config["model_name"]:
         said["base_model_name_or_path"] = config["model_name"]
@@ -145,6 +149,8 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
         files=tuple(files),
         problems=reading.settle(),
         assumed=dict(assume),
+        original={} if method is None or method.name in _PAIRS else tensors,
+        runtime=runtime,
     )
 
 
@@ -171,16 +177,26 @@ def _heads(reading: Reading, heads: Mapping[str, Leaf]) -> None:
 
 def _adapter(
     reading: Reading, config: Mapping[str, Any], parts: Mapping[str, tuple[Part, Leaf]]
-) -> None:
+) -> Runtime | None:
     inner = _inner(config)
     method = method_of(inner, parts)
     names = sorted({part.name for part, _ in parts.values()})
-    if len(names) > 1:
+    if len(names) > 1 and method.name != "MTL-LoRA":
         listed = ", ".join(shown(name) for name in names)
         reading.problem("unexplained", f"the file holds {len(names)} adapters: {listed}")
-    if method.name not in ("LoRA", "DoRA"):
-        _named(reading, method)
-        return
+    if method.name in OTHERS:
+        read_other(reading, method, inner, parts)
+        return None
+    if method.name not in _PAIRS:
+        if method.foldable:
+            message = f"{method} is recognised, and its tensors are not read as deltas"
+            reading.problem("unknown_type", message)
+            return None
+        if not parts:
+            return None
+        found = runtime_of(reading, inner, method, parts)
+        reading.problems.append(refusal(found.method, str(method), reading.name))
+        return found
     modules: dict[str, dict[str, Leaf]] = {}
     for key, (part, leaf) in parts.items():
         if part.group == LORAS and part.leaf in PARTS:
@@ -198,21 +214,13 @@ def _adapter(
     if method.name == "DoRA" and modules:
         unlike = alpha is not None and rank is not None and alpha != rank and not faulty
         _say_dora(reading, f"alpha {alpha:g} and r {rank}" if unlike else "")
+    return None
 
 
 def _rank(inner: Mapping[str, Any]) -> int | None:
     """r of the config, where it says one."""
     rank = inner.get("r")
     return rank if type(rank) is int and rank > 0 else None
-
-
-def _named(reading: Reading, method: Method) -> None:
-    if method.foldable:
-        message = f"{method} is recognised, and its tensors are not read as deltas"
-        reading.problem("unknown_type", message)
-    else:
-        message = f"{method} acts where the model runs and is no change of a weight"
-        reading.problem("not_foldable", message)
 
 
 def _alpha(reading: Reading, inner: Mapping[str, Any]) -> float | None:
@@ -331,8 +339,8 @@ def _unscaled(delta: Kind) -> Kind:
 
 
 def lost(adapter: Adapter) -> list[Problem]:
-    """What AdapterHub's LoRA has no place for, each by its name."""
-    return losses(adapter)
+    """What AdapterHub's LoRA has no place for, each by its name; what was read it holds."""
+    return [] if as_read(adapter) else losses(adapter)
 
 
 def write(adapter: Adapter, out: Path) -> dict[str, str]:
@@ -340,4 +348,5 @@ def write(adapter: Adapter, out: Path) -> dict[str, str]:
 
     The pickle, since `load_adapter` looks for nothing else unless it is told to.
     """
-    return written(adapter, out)
+    tensors = as_read(adapter)
+    return written(adapter, out) if tensors is None else unchanged(adapter, tensors, out)

@@ -156,6 +156,34 @@ def written(adapter: Adapter, folder: Path) -> dict[str, str]:
     return digests
 
 
+def as_read(adapter: Adapter) -> Mapping[str, Leaf] | None:
+    """The tensors of a method that is not LoRA, as they stand in AdapterHub's files."""
+    if adapter.runtime is not None:
+        return adapter.runtime.tensors
+    return adapter.original if adapter.format == "adapterhub" and adapter.original else None
+
+
+def unchanged(adapter: Adapter, tensors: Mapping[str, Leaf], folder: Path) -> dict[str, str]:
+    """Write tensors and config as they are, and a head that came with them; sha256 by file name."""
+    config = {key: value for key, value in adapter.config.items() if key not in ADDED}
+    heads = {
+        key: delta.value for key, delta in adapter.deltas.items()
+        if isinstance(delta, Replace) and key not in tensors
+    }  # fmt: skip
+    digests = {WEIGHTS[1]: _save(folder / WEIGHTS[1], tensors)}
+    digests[CONFIG] = _save_json(folder / CONFIG, {**config, "version": _version(config)})
+    if heads:
+        digests[HEAD_WEIGHTS[1]] = _save(folder / HEAD_WEIGHTS[1], heads)
+    if "head_config" in adapter.config:
+        digests[HEAD_CONFIG] = _save_json(folder / HEAD_CONFIG, adapter.config["head_config"])
+    return digests
+
+
+def _version(config: Mapping[str, Any]) -> object:
+    """The version that was read, which tells how a method's numbers are meant; else today's."""
+    return config.get("version") or VERSION
+
+
 def _tensors(
     layout: _Layout, source: Mapping[str, Any], name: str
 ) -> tuple[dict[str, Leaf], dict[str, Any]]:

@@ -14,6 +14,7 @@ from loratools.formats.image_keys import (
     keys_of,
     part_of,
     said_copies,
+    say_rest,
     take,
     weights_of,
     without_twins,
@@ -53,6 +54,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     if file is None:
         raise error("unknown_type", f"{shown(bundle.name)} holds no tensors in Flux's names")
     reading = Reading(bundle.name, assume)
+    say_rest(reading, bundle, file)
     found = grouped(
         reading,
         leaves.values(),

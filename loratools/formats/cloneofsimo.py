@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from loratools.adapter import FLOATS, Adapter, Leaf
 from loratools.containers.bundle import Bundle
 from loratools.errors import error, shown
-from loratools.formats.image_keys import keys_of, weights_of
+from loratools.formats.image_keys import keys_of, say_rest, weights_of
 from loratools.formats.reading import Reading
 
 _KEY = re.compile(r"(unet|text_encoder):([0-9]{1,5}):(up|down)")
@@ -39,6 +39,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     if file is None:
         raise error("unknown_type", f"{shown(bundle.name)} holds no numbered pairs")
     reading = Reading(bundle.name, assume)
+    say_rest(reading, bundle, file)
     numbered: dict[str, dict[int, dict[str, Leaf]]] = {}
     tokens: list[str] = []
     for key, leaf in leaves.items():

@@ -15,6 +15,7 @@ from loratools.formats.image_keys import (
     keys_of,
     part_of,
     said_copies,
+    say_rest,
     take,
     weights_of,
     without_twins,
@@ -28,7 +29,7 @@ WHOLE = "model.diffusion_model."
 TEXT = ("text_encoders.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 # Parts that no checkpoint has, each enough to know an adapter by.
 SURE = ("A", "B", "diff", "diff_b", "diff_m", "set")
-OTHERS = ("other LoKr", "other LoHa", "other OFT")
+OTHERS = ("other LoKr", "other LoHa", "other OFT", "other GLoRA")
 
 
 def detect(bundle: Bundle) -> bool:
@@ -54,6 +55,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     if file is None:
         raise error("unknown_type", f"{shown(bundle.name)} holds no tensors in ComfyUI's names")
     reading = Reading(bundle.name, assume)
+    say_rest(reading, bundle, file)
     there = {p.module for key in leaves if (p := part_of(key)) and p.module.startswith(FRONT)}
     found = grouped(reading, leaves.values(), lambda part: _module(part, there))
     for module, parts in found.modules.items():

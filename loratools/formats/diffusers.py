@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any
 
 from loratools import views
 from loratools.adapter import FLOATS, TORCH_NAMES, Adapter, Dense, Leaf, LowRank, Renormed, Replace
@@ -14,6 +14,7 @@ from loratools.containers.bundle import Bundle
 from loratools.errors import Problem, error, shown
 from loratools.formats.diffusers_settings import METADATA, Settings, expressed, settings_of
 from loratools.formats.image_keys import (
+    OTHER,
     WEIGHTS,
     Part,
     clip_module,
@@ -22,6 +23,7 @@ from loratools.formats.image_keys import (
     keys_of,
     part_of,
     said_copies,
+    say_rest,
     take,
     weights_of,
     without_twins,
@@ -73,7 +75,7 @@ def detect(bundle: Bundle) -> bool:
 
 def _is_factor(key: str) -> bool:
     part = part_of(key)
-    return part is not None and part.part[0] in "AB"
+    return part is not None and (part.part[0] in "AB" or part.part.startswith(OTHER))
 
 
 def _is_ours(key: str) -> bool:
@@ -103,6 +105,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     if file is None or not leaves:
         raise error("unknown_type", f"{shown(bundle.name)} holds no tensors of diffusers'")
     reading = Reading(bundle.name, assume)
+    say_rest(reading, bundle, file)
     settings = settings_of(metadata, reading)
     bare = _bare_component(leaves)
     found = grouped(reading, leaves.values(), lambda part: _module(part, bare))
@@ -271,10 +274,8 @@ def _why_lost(adapter: Adapter, key: str, tuned: set[str]) -> str:
         case Replace(rows=None, then=None) if component == "transformer" and leaf == "weight":
             norm = module.rpartition(".")[2] in NORMS
             return "" if norm else "a value in full"
-        case LowRank() | Renormed() | Dense() | Replace():
-            return f"a {type(delta).__name__} on it"
         case _:
-            assert_never(delta)
+            return f"a {type(delta).__name__} on it"
 
 
 def _pair(adapter: Adapter, module: str) -> LowRank | None:
@@ -306,6 +307,8 @@ def write(adapter: Adapter, out: Path) -> dict[str, str]:
         if said:
             said["use_dora"] = any(isinstance(d, Renormed) for d in mine.values())
             said["lora_bias"] = biased
+            if isinstance(base := adapter.config.get("base_model_name_or_path"), str) and base:
+                said["base_model_name_or_path"] = base
             table |= {f"{component}.{field}": value for field, value in said.items()}
         for key, delta in mine.items():
             stem = key.rpartition(".")[0]

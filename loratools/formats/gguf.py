@@ -158,10 +158,10 @@ def _deltas(header: Header, reading: Reading, transposed: set[str]) -> None:
             _matrix(header.leaf(names[part])) if part in names else None
             for part in ("lora_a", "lora_b")
         )
-        if any(leaf is not None and len(leaf.shape) > 2 for leaf in (a, b)):
-            shape = next(leaf.shape for leaf in (a, b) if leaf is not None)
-            message = f"{shown(module)}: a stack of {shape[0]} experts is not read as a delta"
-            reading.problem("unknown_type", message, shown(module))
+        if a is not None and b is not None and max(len(a.shape), len(b.shape)) > 2:
+            scaling = 1.0 if alpha is None else None
+            words = ("lora_a", "lora_b")
+            reading.stack(module, a, b, alpha=alpha, scaling=scaling, words=words)
             continue
         if module == EMBEDDING and a is not None:
             a = turned(a)

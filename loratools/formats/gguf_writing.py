@@ -9,11 +9,11 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loratools.adapter import DTYPE_BITS, Adapter, Kind, Leaf, LowRank, Renormed, Replace
+from loratools.adapter import DTYPE_BITS, Adapter, Experts, Kind, Leaf, LowRank, Renormed, Replace
 from loratools.errors import Problem, Severity, error, shown
 from loratools.views import later, reshaped, scaled, turned
 
@@ -31,6 +31,11 @@ _POSITIONS = ("position_embd.weight", "token_types.weight")  # embeddings stored
 NAME_BYTES = 64  # GGML_MAX_NAME, its final zero included
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}
 _OF_THE_FILE = (ARCHITECTURE, "general.alignment", "split.")  # true of one file, not of the next
+# Key-values that describe an adapter and no file: its author, licence, tags as text.
+DESCRIBES = re.compile(
+    r"general\.(author|version|organization|finetune|basename|description|license[a-z.]{0,6}|url|"
+    r"doi|uuid|repo_url|source\.[a-z_.]{1,40})"
+)
 _ENDINGS = re.compile(r"\.(gguf|safetensors|bin|pt)$")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -58,10 +63,13 @@ def _losses(key: str, kind: Kind) -> Iterator[tuple[Severity, str]]:
         inner = inner.delta
     if inner is None:
         return
-    if not isinstance(inner, LowRank) or not key.endswith(".weight"):
+    if isinstance(inner, Experts) and inner.over != "in":
+        yield "error", "which side of the experts A is on is known with their base only"
+        return
+    if not isinstance(inner, LowRank | Experts) or not key.endswith(".weight"):
         yield "error", "GGUF has pairs of weights only, no biases and no full differences"
         return
-    if any(n != 1 for n in inner.a.shape[2:]):
+    if isinstance(inner, LowRank) and any(n != 1 for n in inner.a.shape[2:]):
         yield "error", f"A is {inner.a.shape}; GGUF holds matrices, no convolutions"
     if "F64" in (inner.a.dtype, inner.b.dtype):
         yield "error", "F64 is rounded to F32, the widest that llama.cpp multiplies"
@@ -69,9 +77,11 @@ def _losses(key: str, kind: Kind) -> Iterator[tuple[Severity, str]]:
         yield "error", f"llama.cpp takes names of less than {NAME_BYTES} bytes"
 
 
-def _pair(key: str, kind: Kind | None) -> LowRank | None:
+def _pair(key: str, kind: Kind | None) -> LowRank | Experts | None:
     """The part of a delta that GGUF holds."""
     match kind:
+        case Experts(over="in") if key.endswith(".weight"):
+            return kind
         case LowRank(a=a) if key.endswith(".weight") and all(n == 1 for n in a.shape[2:]):
             return kind
         case Renormed(delta=inner):
@@ -93,6 +103,10 @@ def write(adapter: Adapter, out: Path) -> dict[str, str]:
     alpha, factors = one_alpha(list(pairs.values()), said)
     tensors: dict[str, Leaf] = {}
     for (key, pair), factor in zip(pairs.items(), factors, strict=True):
+        if isinstance(pair, Experts):
+            tensors[f"{key}.lora_a"] = _held(pair.a)
+            tensors[f"{key}.lora_b"] = _held(scaled(pair.b, factor))
+            continue
         a, b = _flat(pair.a), _flat(pair.b)
         embedding = key in adapter.transposed
         if embedding if key in _POSITIONS else key == TOKENS and not embedding:
@@ -104,7 +118,7 @@ def write(adapter: Adapter, out: Path) -> dict[str, str]:
     return {out.name: _write(out, _values(adapter, alpha, tensors), tensors)}
 
 
-def one_alpha(pairs: list[LowRank], said: Any = None) -> tuple[float, list[float]]:
+def one_alpha(pairs: Sequence[LowRank | Experts], said: Any = None) -> tuple[float, list[float]]:
     """The alpha of a file, and by what each pair's B is to be multiplied so that it is true.
 
     llama.cpp reads float32 and applies alpha/rank, or 1 where alpha is 0.
@@ -177,8 +191,12 @@ def _values(adapter: Adapter, alpha: float, tensors: Mapping[str, Leaf]) -> dict
     if tokens:
         values[INVOCATION] = list(tokens)
     values |= {METHOD: "lora", ALPHA: alpha}
-    carried = {k: v for k, v in adapter.metadata.items() if k != "format"}
-    return values | {METADATA + k: carried[k] for k in sorted(carried)}
+    for key, text in sorted(adapter.metadata.items()):
+        if DESCRIBES.fullmatch(key):
+            values.setdefault(key, text)
+        elif key != "format":
+            values[METADATA + key] = text
+    return values
 
 
 def _named(base: str) -> dict[str, Any]:
@@ -205,7 +223,9 @@ def _write(out: Path, values: Mapping[str, Any], tensors: Mapping[str, Leaf]) ->
 
     def raw(leaf: Leaf) -> Any:
         width = DTYPE_BITS[leaf.dtype] // 8
-        return np.frombuffer(leaf.read(), np.uint8).reshape(leaf.shape[0], leaf.shape[1] * width)
+        return np.frombuffer(leaf.read(), np.uint8).reshape(
+            *leaf.shape[:-1], leaf.shape[-1] * width
+        )
 
     try:
         writer = gguf.GGUFWriter(out, values[ARCHITECTURE])
@@ -215,7 +235,7 @@ def _write(out: Path, values: Mapping[str, Any], tensors: Mapping[str, Leaf]) ->
         for name, leaf in tensors.items():
             kind = gguf.GGMLQuantizationType[leaf.dtype]
             width = DTYPE_BITS[leaf.dtype] // 8
-            shape = (leaf.shape[0], leaf.shape[1] * width)
+            shape = (*leaf.shape[:-1], leaf.shape[-1] * width)
             writer.add_tensor_info(name, shape, np.dtype(np.uint8), leaf.nbytes, kind)
         try:
             writer.write_header_to_file()

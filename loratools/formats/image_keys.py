@@ -6,13 +6,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from loratools import views
 from loratools.adapter import FLOATS, Dense, Leaf, LowRank, Replace
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, error, shown
-from loratools.formats.reading import Reading, number, tensors_of, unwrapped
+from loratools.formats.lycoris_parts import REFUSED, Said, method_of, take_method
+from loratools.formats.reading import Reading, contents, number, twins, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +40,8 @@ FACTORS = {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "magnitude"}
 HALVES = {"down": "A", "up": "B"}
 # Leaves of other methods, by how they begin.
 OTHERS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_blocks": "OFT", "rescale": "OFT"}
-GLORA = ("a1", "a2", "b1", "b2")
+GLORA = ("a1", "a2", "b1", "b2", "bm")
+OTHER = "other "  # how parts of these methods begin
 # Parameters that are no module's `weight`; all others are.
 BARE = frozenset(
     "scale modulation weight bias gamma scale_shift_table pos_embedding position_embedding "
@@ -57,7 +60,6 @@ _CLIP = re.compile(
     r"lora_te([12]?)_text_model_encoder_layers_([0-9]{1,3})_"
     r"(self_attn_(?:q|k|v|out)_proj|mlp_fc[12])"
 )
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,15 @@ class Part:
 
 def part_of(key: str) -> Part | None:
     """The part that a key names, in any of the spellings; None where it is none of these."""
+    return _known(key) if len(key) < 256 else _part_of(key)
+
+
+@lru_cache(maxsize=8192)  # several formats ask for every key of a file, and files have the same
+def _known(key: str) -> Part | None:
+    return _part_of(key)
+
+
+def _part_of(key: str) -> Part | None:
     pieces = unwrapped(key).split(".")
     if pieces[:2] == ["base_model", "model"] and len(pieces) > 3:
         pieces = pieces[2:]
@@ -127,38 +138,18 @@ def keys_of(bundle: Bundle) -> tuple[dict[str, Leaf], dict[str, str]]:
     name = weights_of(bundle)
     if name is None:
         return {}, {}
-    if name.endswith(".safetensors") or name.startswith(WEIGHTS):
-        return tensors_of(bundle, name)
     try:
-        return tensors_of(bundle, name)
+        return contents(bundle, name)[:2]
     except LoratoolsError:
+        if name.endswith(".safetensors") or name.startswith(WEIGHTS):
+            raise
         return {}, {}  # some other program's file, for it to judge
 
 
-def same(one: Leaf, other: Leaf) -> bool:
-    """Whether two leaves hold the same numbers in the same dtype and shape."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    if one.source is None or other.source is None or one.strides or other.strides:
-        return one.read() == other.read()
-    for at in range(0, one.nbytes, CHUNK):
-        size = min(CHUNK, one.nbytes - at)
-        if one.source.read(one.offset + at, size) != other.source.read(other.offset + at, size):
-            return False
-    return True
-
-
-def all_zero(leaf: Leaf) -> bool:
-    """Whether a leaf holds zeros alone; mostly its first bytes tell."""
-    if leaf.source is None or leaf.strides:
-        return not any(leaf.read())
-    at, size = 0, 4096
-    while at < leaf.nbytes:
-        size = min(size, leaf.nbytes - at)
-        if any(leaf.source.read(leaf.offset + at, size)):
-            return False
-        at, size = at + size, CHUNK
-    return True
+def say_rest(reading: Reading, bundle: Bundle, file: str) -> None:
+    """Notes about what the file holds beside tensors, and about its twins in other containers."""
+    reading.extras(contents(bundle, file)[2], file)
+    reading.mention(bundle, file, twins(bundle, file))
 
 
 # ------------------------------------------------------------------------------- deltas
@@ -179,7 +170,7 @@ class Grouped:
         there = parts.setdefault(part.part, leaf)
         if there is leaf:
             return
-        if not same(there, leaf):
+        if not views.same(there, leaf):
             raise error(
                 "duplicate",
                 f"{shown(there.name)} and {shown(leaf.name)} are the same parameter and differ",
@@ -258,7 +249,7 @@ def without_twins(
             left[key] = leaf
             continue
         there = modules[twin].get(part.part)
-        if there is None or not same(there, leaf):
+        if there is None or not views.same(there, leaf):
             here = f"{twin} ({part.part})" if there is None else there.name
             message = f"{shown(key)} and {shown(here)} are the same parameter and differ"
             raise error("duplicate", message)
@@ -294,15 +285,8 @@ def take(
     `settle` gives scaling and alpha from the stored alpha and the rank, where the file says more.
     """
     parts = dict(given)
-    others = [parts.pop(p) for p in list(parts) if p.startswith("other ")]
-    method = next((p.split()[1] for p in given if p.startswith("other ")), "")
-    if others:
-        message = f"{shown(module)} is {method}, which is not read as a delta"
-        reading.problem("unknown_type", message, module)
-        parts.pop("alpha", None)
-        parts.pop("dora_scale", None)
-        if not parts:
-            return
+    if any(part.startswith(OTHER) for part in parts) and not _other(reading, module, parts):
+        return
     stored = parts.pop("alpha", None)
     alpha = None if stored is None else number(stored)
     a, b, mid = parts.pop("A", None), parts.pop("B", None), parts.pop("mid", None)
@@ -337,13 +321,31 @@ def take(
         _full(reading, module, part, leaf)
 
 
+def _other(reading: Reading, module: str, parts: dict[str, Leaf]) -> bool:
+    """A module of a method other than LoRA, its parts taken out; whether some are left."""
+    mine = {p.split()[2]: parts.pop(p) for p in list(parts) if p.startswith(OTHER)}
+    mine |= {f"{name}.weight": mine.pop(name) for name in GLORA if name in mine}
+    methods = sorted({method_of(name) or REFUSED.get(name, "an unknown method") for name in mine})
+    stored, magnitude = parts.pop("alpha", None), parts.pop("dora_scale", None)
+    if method_of(next(iter(mine))) and len(methods) == 1 and not {"A", "B"} & parts.keys():
+        take_method(
+            reading, module, methods[0], mine, magnitude=magnitude, said=Said(),
+            alpha=None if stored is None else number(stored),
+        )  # fmt: skip
+        reading.unexplained([leaf.name for leaf in mine.values()])
+    else:
+        message = f"{shown(module)} is {', '.join(methods)}, which is not read as a delta"
+        reading.problem("unknown_type", message, module)
+    return bool(parts)
+
+
 def _full(reading: Reading, module: str, part: str, leaf: Leaf) -> None:
     """A difference or a value in full: `.diff`, `.diff_b`, `.diff_m`, `.set_weight`."""
     if leaf.dtype not in FLOATS:
         raise error("dtype_unusable", f"{shown(leaf.name)} is {leaf.dtype}, not floats")
     key = {"diff_b": f"{module}.bias", "diff_m": f"{module}.modulation"}.get(part)
     key = key or parameter(module)
-    if part != "set" and all_zero(leaf):
+    if part != "set" and views.all_zero(leaf):
         message = f"{shown(leaf.name)} is all zeros and changes nothing"
         reading.problem("no_effect", message, key, "note")
     elif key in reading.deltas:

@@ -12,21 +12,37 @@ from loratools.adapter import (
     DTYPE_BITS,
     FLOATS,
     Adapter,
+    Chained,
     Dense,
     Kind,
+    Kronecker,
     Leaf,
     LowRank,
     Renormed,
     Replace,
 )
-from loratools.containers import safetensors, torch_zip
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, error, shown
-from loratools.formats.kohya_keys import LYCORIS_PARTS, Found, Module, group, is_kohya
+from loratools.formats.kohya_keys import (
+    LYCORIS_PARTS,
+    REFUSED_METHOD,
+    Found,
+    Module,
+    group,
+    is_kohya,
+)
 from loratools.formats.kohya_metadata import claims, contradictions, split_said
 from loratools.formats.kohya_writing import lost as lost
 from loratools.formats.kohya_writing import write as write
-from loratools.formats.reading import Reading, number
+from loratools.formats.lycoris_parts import (
+    RANK_STABLE,
+    REFUSED,
+    Said,
+    said_by,
+    take_method,
+)
+from loratools.formats.lycoris_shapes import axis_of, glora_age
+from loratools.formats.reading import Reading, contents, number, twins
 from loratools.views import later, reshaped, widest
 
 if TYPE_CHECKING:
@@ -49,7 +65,7 @@ def detect(bundle: Bundle) -> bool:
     if name is None:
         return False
     try:
-        return is_kohya(_opened(bundle, name)[0])
+        return is_kohya(contents(bundle, name)[0])
     except LoratoolsError as cause:
         if bundle.chosen is None or cause.code not in ("hostile", "truncated"):
             return False
@@ -67,42 +83,28 @@ def _file(bundle: Bundle) -> str | None:
     return None
 
 
-def _opened(bundle: Bundle, name: str) -> tuple[dict[str, Leaf], dict[str, str], tuple[str, ...]]:
-    """The tensors and metadata of a file, and the keys of what else a pickle holds."""
-    if name.lower().endswith(SAFETENSORS):
-        header = safetensors.read_header(bundle.open(name))
-        return header.leaves, header.metadata, ()
-    file = torch_zip.state_dict(bundle.open(name))
-    return dict(file.tensors), {}, tuple(file.extras)
-
-
 def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     """The adapter of a kohya or LyCORIS file, from its header and its alphas."""
     name = _file(bundle)
     if name is None:
         raise error("not_found", f"{shown(bundle.name)} holds no single weights file")
-    tensors, metadata, extras = _opened(bundle, name)
+    tensors, metadata, extras = contents(bundle, name)
     reading = Reading(bundle.name, assume)
-    for key in extras:
-        message = f"{shown(key)} in {shown(name)} is no tensor"
-        reading.problem("unexplained", message, severity="note")
+    reading.extras(extras, name)
+    reading.mention(bundle, name, twins(bundle, name))
     found = group(tensors)
     _set_copies_aside(reading, found)
     lycoris = _is_lycoris(found, metadata)
     padded: dict[str, list[int]] = {}
-    methods: dict[str, list[str]] = {}
     split: list[str] = []
+    said = said_by(metadata, kohya=False, age=_age(found))
     for module, there in found.modules.items():
         if there.methods:
-            for method in _methods(reading, there):
-                methods.setdefault(method, []).append(module)
-            continue
-        _module(reading, module, there.parts, padded)
-        split += _split_qkv(reading, module)
-    for method, modules in methods.items():
-        some = ", ".join(shown(m) for m in modules[:3]) + (", ..." if len(modules) > 3 else "")
-        message = f"{method} in {len(modules)} modules ({some}): not read as deltas yet"
-        reading.problem("unknown_type", message)
+            _method(reading, module, there, said)
+        if there.parts:
+            _module(reading, module, there.parts, padded)
+            split += _split_qkv(reading, module)
+    _say_ranks(reading, said)
     reading.unexplained(found.other)
     if found.bundled:
         listed = ", ".join(sorted({shown(k.split(".")[1]) for k in found.bundled}))
@@ -134,7 +136,9 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
 def _is_lycoris(found: Found, metadata: Mapping[str, str]) -> bool:
     """Whether something stands there that only LyCORIS writes."""
     return metadata.get("ss_network_module", "").startswith("lycoris") or any(
-        name.startswith("lycoris_") or module.methods or LYCORIS_PARTS & set(module.parts)
+        name.startswith("lycoris_")
+        or (module.methods and not module.kohya)
+        or LYCORIS_PARTS & set(module.parts)
         for name, module in found.modules.items()
     )
 
@@ -153,15 +157,66 @@ def _set_copies_aside(reading: Reading, found: Found) -> None:
         reading.problem("unexplained", message, severity="warning")
 
 
-def _methods(reading: Reading, there: Module) -> list[str]:
-    """The names of a module's methods; what only looks like one is unexplained."""
-    if there.methods == {"(IA)3"} and "on_input" not in there.parts:
-        reading.unexplained([leaf.name for leaf in there.parts.values()])
-        return []
-    blocks = there.parts.get("oft_blocks")
-    names = {"BOFT" if m == "OFT" and blocks and len(blocks.shape) == 4 else m
-             for m in there.methods}  # fmt: skip
-    return [m + (" with DoRA" if "magnitude" in there.parts else "") for m in sorted(names)]
+def _age(found: Found) -> str:
+    """The one order that GLoRA's factors are in throughout; empty where no shape shows it."""
+    ages = set()
+    for there in found.modules.values():
+        shapes = {n.removesuffix(".weight"): x.shape for n, x in there.parts.items()}
+        if {"a1", "a2", "b1", "b2"} <= shapes.keys():
+            ages.add(glora_age(shapes))
+    ages &= {"old", "new"}
+    return ages.pop() if len(ages) == 1 else ""
+
+
+def _method(reading: Reading, module: str, there: Module, said: Said) -> None:
+    """A module's delta by a method other than LoRA; what belongs to it is taken out of its parts.
+
+    What only looks like a method is unexplained, and so is a second one.
+    """
+    parts = there.parts
+    for part in [p for p in parts if p in REFUSED]:
+        leaf = parts.pop(part)
+        message = f"{shown(leaf.name)}: {REFUSED[part]}"
+        reading.problem("unknown_type", message, module)
+    there.methods.discard(REFUSED_METHOD)
+    if there.methods == {"(IA)3"} and "on_input" not in parts:
+        reading.unexplained([parts.pop("weight").name])
+        return
+    if not there.methods:
+        return
+    method, *others = sorted(there.methods)
+    if others or "down" in parts or "up" in parts:
+        names = ", ".join((method, *others, *(["LoRA"] if "down" in parts else [])))
+        reading.problem("unexplained", f"{shown(module)} has the parts of {names}", module)
+        parts.clear()
+        return
+    alpha, magnitude = parts.pop("alpha", None), parts.pop("magnitude", None)
+    take_method(
+        reading, module, method, parts, alpha=None if alpha is None else _alpha(alpha),
+        magnitude=magnitude, said=replace(said, kohya=said.kohya or there.kohya),
+    )  # fmt: skip
+
+
+def _say_ranks(reading: Reading, said: Said) -> None:
+    """Where rs_lora's scale is not in the file: GLoRA's alpha, and LoKr's of two whole factors."""
+    some = any(_is_scaled_apart(delta) for delta in reading.deltas.values())
+    if some and said.rank_stable and RANK_STABLE not in reading.assume:
+        message = (
+            "trained with rs_lora, whose larger scale GLoRA and LoKr of two whole factors do not "
+            "store: all readers use the plain one, and so is it read; "
+            f"--assume {RANK_STABLE}=fix reads what was trained"
+        )
+        reading.problem("scaling_unusual", message, severity="note")
+    elif not some and RANK_STABLE in reading.assume:
+        message = "the file has no GLoRA and no LoKr of two whole factors"
+        raise error("usage", f"--assume {RANK_STABLE}: {message}")
+
+
+def _is_scaled_apart(delta: Kind) -> bool:
+    inner = delta.delta if isinstance(delta, Renormed) else delta
+    if isinstance(inner, Kronecker):
+        return inner.w1 is not None and inner.w2 is not None
+    return isinstance(inner, Chained) and "age" in inner.settings
 
 
 def _module(
@@ -219,15 +274,9 @@ _PLAIN = {
 
 
 def _axis(magnitude: Leaf, up: Leaf, down: Leaf | None) -> Literal["out", "in"]:
-    """Which side the magnitudes are of: (out, 1, ...) or (1, in, ...); out where both fit."""
-    out, shape = up.shape[:1], magnitude.shape
-    if len(shape) < 2 or (shape[1] == 1 and shape[:1] == out):
-        fits = shape[:1] == out or down is None or shape[:1] != down.shape[1:2]
-        return "out" if fits else "in"
-    if len(shape) > 2 and shape[0] == 1 and shape[1:2] == out and down is not None:
-        # PEFT's (1, out, 1, 1) for convolutions, where it cannot be LyCORIS's (1, in, 1, 1).
-        return "in" if shape[1:2] == down.shape[1:2] else "out"
-    return "in"
+    """Which side the magnitudes are of."""
+    width = None if down is None or len(down.shape) < 2 else down.shape[1]
+    return axis_of(magnitude, up.shape[0] if up.shape else 1, width)
 
 
 def _through(reading: Reading, module: str, mid: Leaf, down: Leaf) -> Leaf | None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from loratools.adapter import Leaf
 from loratools.errors import error, shown
+from loratools.formats.lycoris_parts import PARTS, REFUSED
 from loratools.formats.reading import unwrapped
 
 # Longest first where one begins another. `lora_transformer_`: OneTrainer, over diffusers' names;
 # `lora_prior_`: Stable Cascade; `lycoris_`: LyCORIS's own wrapper and SimpleTuner.
 PREFIXES = (
-    "lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lora_prior_unet_",
-    "lora_prior_te_", "lora_transformer_", "lycoris_",
+    "lora_unet_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_te_",
+    "lora_prior_unet_", "lora_prior_te_", "lora_transformer_", "lycoris_",
 )  # fmt: skip
 
 # A component's dotted name in a file that otherwise is kohya's (formats.md §0.1): its prefix here.
@@ -33,30 +34,16 @@ LEAVES = {
     "set_weight": "set_weight", "reshape_weight": "reshape_weight",
 }  # fmt: skip
 
-# Leaves of methods whose kinds are not held yet, by the name of the method. `oft_blocks` is one
-# of two, by its shape.
+REFUSED_METHOD = "refused"
+# Leaves of the other methods, by the name of the method; some of them only to be refused.
 METHODS = {
-    **dict.fromkeys(
-        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), "LoHa"
-    ),
-    **dict.fromkeys(
-        ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1",
-         "lokr_t2"), "LoKr"
-    ),
-    **dict.fromkeys(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"), "GLoRA"),
-    **dict.fromkeys(("weight", "on_input"), "(IA)3"),
-    **dict.fromkeys(
-        ("oft_blocks", "oft_blocks.0", "oft_blocks.1", "oft_blocks.2", "oft_blocks.3", "oft_diag",
-         "rescale"), "OFT"
-    ),
-    **dict.fromkeys(("q_layer.weight", "p_layer.weight", "lambda_layer"), "T-LoRA"),
-    **dict.fromkeys(
-        ("bias_indices", "bias_values", "bias_size"), "LoCon with a sparse remainder"
-    ),
-}  # fmt: skip
+    **{leaf: method for method, leaves in PARTS.items() for leaf in leaves},
+    **dict.fromkeys(REFUSED, REFUSED_METHOD),
+}
 
 # Parts that only LyCORIS (and readers of its files) know; kohya's own trainer never writes them.
 LYCORIS_PARTS = frozenset({"mid", "magnitude", "diff", "diff_b", "w_norm", "b_norm"})
+OFT = "oft_unet_"  # kohya's own OFT (networks/oft.py), of the modules of lora_unet_
 BUNDLED = "bundle_emb."  # textual-inversion embeddings in the same file
 
 
@@ -75,6 +62,7 @@ class Module:
 
     parts: dict[str, Leaf] = field(default_factory=dict)
     methods: set[str] = field(default_factory=set)
+    kohya: bool = False  # under the prefix of kohya's own OFT
 
 
 @dataclass(slots=True)
@@ -90,7 +78,7 @@ class Found:
 def is_kohya(keys: Iterable[str]) -> bool:
     """Whether any of these keys is one of kohya's or LyCORIS's."""
     for key in map(unwrapped, keys):
-        part = part_of(key) if key.startswith(PREFIXES) else None
+        part = part_of(key) if key.startswith((*PREFIXES, OFT)) else None
         if part is not None and part.part != "weight":
             return True
     return False
@@ -106,7 +94,10 @@ def part_of(key: str, *, one_encoder: bool = False) -> Part | None:
 
     `one_encoder`: the file calls its text encoder `lora_te_`, so dotted names mean that one.
     """
-    pieces = unwrapped(key).split(".")
+    key = unwrapped(key)
+    if key.startswith(OFT):
+        key = "lora_unet_" + key.removeprefix(OFT)
+    pieces = key.split(".")
     if len(pieces) > 3 and pieces[-1] == "weight" and f"{pieces[-3]}.weight" in LEAVES:
         del pieces[-2]  # the name of an adapter, left in by PEFT
     for length in (2, 1):
@@ -147,8 +138,9 @@ def group(tensors: Mapping[str, Leaf]) -> Found:
             twice = shown(module.parts[part.part].name)
             raise error("duplicate", f"{shown(key)} and {twice} are the same part of one module")
         module.parts[part.part] = leaf
+        module.kohya |= unwrapped(key).startswith(OFT)
         if part.method:
             module.methods.add(part.method)
-        if not unwrapped(key).startswith(PREFIXES):
+        if not unwrapped(key).startswith((*PREFIXES, OFT)):
             found.dotted.add(part.module)
     return found

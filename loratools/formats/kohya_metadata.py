@@ -11,7 +11,8 @@ from typing import Any
 from loratools.adapter import Adapter, Kind, Leaf, LowRank, Renormed
 from loratools.containers import hashes, strict_json
 from loratools.errors import LoratoolsError, shown
-from loratools.formats.kohya_keys import LYCORIS_PARTS, part_of
+from loratools.formats.kohya_keys import LYCORIS_PARTS, OFT, part_of
+from loratools.formats.lycoris_writing import rank_of
 
 CLAIMS = (
     "ss_sd_model_name", "ss_base_model_version", "ss_network_module", "ss_network_dim",
@@ -130,16 +131,26 @@ def fresh(
     old = agreed | dict(adapter.metadata)
     made = {k: v for k, v in old.items() if k not in OF_THE_FILE}
     made["format"] = "pt"
-    pairs = [pair for pair in map(_pair, deltas.values()) if pair is not None]
-    if pairs:
-        made["ss_network_dim"] = _one({str(pair.rank) for pair in pairs})
-        made["ss_network_alpha"] = _one({f"{pair.scaling * pair.rank:.8g}" for pair in pairs})
-    made["ss_network_module"] = _network(deltas, tensors, old.get("ss_network_module", ""))
+    base = adapter.config.get("base_model_name_or_path")
+    if (
+        not _says(made.get("ss_sd_model_name"))
+        and isinstance(base, str)
+        and _HUB_ID.fullmatch(base)
+    ):
+        made["ss_sd_model_name"] = base
+    said = old.get("ss_network_module", "")
+    made["ss_network_module"] = _network(deltas, tensors, said)
+    ranked = [(rank, d) for d in deltas.values() if (rank := rank_of(d)) is not None]
+    if ranked:
+        made["ss_network_dim"] = _one({str(rank) for rank, _ in ranked})
+        made["ss_network_alpha"] = _one({f"{_scaling(d) * rank:.8g}" for rank, d in ranked})
+    elif made["ss_network_module"] == said:  # nothing here has a rank: nothing else can tell
+        made |= {k: old[k] for k in ("ss_network_dim", "ss_network_alpha") if k in old}
     own = ("ss_network_module", "ss_network_dim")
     if "ss_network_args" in old and all(made.get(k) == old.get(k) for k in own):
         made["ss_network_args"] = old["ss_network_args"]
-    elif made["ss_network_module"] == "lycoris.kohya" and pairs:
-        made["ss_network_args"] = json.dumps({"algo": "lora"})
+    elif made["ss_network_module"] == "lycoris.kohya" and (algo := _algo(tensors)):
+        made["ss_network_args"] = json.dumps({"algo": algo})
     _base(made, old, deltas)
     made.setdefault("modelspec.title", _title(adapter.name) or "adapter")
     parents = adapter.config.get("merged_from")
@@ -176,12 +187,38 @@ def _base(made: dict[str, str], old: Mapping[str, str], deltas: Mapping[str, Kin
 
 
 def _network(deltas: Mapping[str, Kind], tensors: Mapping[str, Leaf], old: str) -> str:
-    parts = {part.part for part in map(part_of, tensors) if part is not None}
-    if parts & LYCORIS_PARTS or any(key.startswith("lycoris_") for key in tensors):
+    found = [part for part in map(part_of, tensors) if part is not None]
+    if any(key.startswith(OFT) for key in tensors):
+        return old if old.startswith("networks.oft") else "networks.oft"
+    parts, others = {part.part for part in found}, any(part.method for part in found)
+    if parts & LYCORIS_PARTS or others or any(key.startswith("lycoris_") for key in tensors):
         return "lycoris.kohya"
     usual = {"flux": "networks.lora_flux", "sd3": "networks.lora_sd3", "unet": "networks.lora"}
     kept = old if old.startswith("networks.lora") else "networks.lora"
     return usual.get(_family(deltas), kept)
+
+
+_ALGORITHMS = {
+    "LoHa": "loha", "LoKr": "lokr", "GLoRA": "glora", "(IA)3": "ia3", "OFT": "diag-oft",
+    "T-LoRA": "tlora", "": "lora",
+}  # fmt: skip
+
+
+def _algo(tensors: Mapping[str, Leaf]) -> str | None:
+    """LyCORIS's name of the one method that these tensors are of."""
+    found = {
+        _ALGORITHMS.get(part.method, "")
+        for part in map(part_of, tensors)
+        if part is not None and (part.method or part.part in ("down", "up"))
+    }
+    if any(k.endswith(".oft_blocks") and len(leaf.shape) == 4 for k, leaf in tensors.items()):
+        found = {"boft" if name == "diag-oft" else name for name in found}
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _scaling(delta: Kind) -> float:
+    inner = delta.delta if isinstance(delta, Renormed) else delta
+    return float(getattr(inner, "scaling", 1.0))
 
 
 def _family(deltas: Mapping[str, Kind]) -> str:

@@ -5,14 +5,25 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import assert_never
 
-from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Renormed, Replace
+from loratools.adapter import (
+    Adapter,
+    Dense,
+    Kind,
+    Leaf,
+    LowRank,
+    Renormed,
+    Replace,
+    Rotated,
+)
 from loratools.containers import hashes, safetensors
 from loratools.errors import Problem, shown
-from loratools.formats.kohya_keys import prefix_of
+from loratools.formats.kohya_keys import OFT, prefix_of
 from loratools.formats.kohya_metadata import fresh
+from loratools.formats.lycoris_writing import KOHYA, Bytes, alpha, held, parts_of
 from loratools.views import reshaped, scaled
+
+SET = ".set_weight"
 
 
 def lost(adapter: Adapter) -> list[Problem]:
@@ -42,22 +53,22 @@ def _why_not(adapter: Adapter, key: str, delta: Kind) -> tuple[str, str | None] 
             fits = parameter in ("weight", "bias")
             return None if fits else ("only differences of a weight or a bias have a key", None)
         case Renormed(delta=inner):
-            fits = parameter == "weight" and isinstance(inner, LowRank)
-            return None if fits else ("magnitudes have a key only beside a pair", None)
-        case Replace(rows=None, then=None) if parameter == "weight" and _is_own(adapter):
-            return None
+            fits = parameter == "weight" and (isinstance(inner, LowRank) or held(delta))
+            return (
+                None if fits else ("magnitudes have a key only beside a pair, LoHa or LoKr", None)
+            )
+        case Replace(value=value, rows=None, then=None) if value.name.endswith(SET):
+            return None  # ComfyUI's alone: from such a file it may stay what it was
         case Replace(rows=None):
             text = "a whole module trained in full; kohya's files hold differences"
             return text, "fold it into the base, and publish that"
         case Replace():
             return "trained token rows", "fold them into the base, or keep them in a PEFT adapter"
+        case _ if held(delta):
+            what = type(delta).__name__
+            return None if parameter == "weight" else (f"a {what} of a {parameter}", None)
         case _:
-            assert_never(delta)
-
-
-def _is_own(adapter: Adapter) -> bool:
-    """Whether the adapter came from such a file: ComfyUI's set_weight may stay what it was."""
-    return adapter.format in ("kohya", "lycoris")
+            return f"a {type(delta).__name__}", "fold it into the base"
 
 
 def write(adapter: Adapter, out: Path) -> dict[str, str]:
@@ -83,9 +94,8 @@ def disassemble(adapter: Adapter) -> dict[str, Leaf]:
     for module, shape in padded.items() if isinstance(padded, Mapping) else ():
         if f"{module}.lora_up.weight" in tensors:
             name = f"{module}.reshape_weight"
-            tensors[name] = _held(
-                name, "I64", (len(shape),), struct.pack(f"<{len(shape)}q", *shape)
-            )
+            raw = struct.pack(f"<{len(shape)}q", *shape)
+            tensors[name] = Leaf(name, "I64", (len(shape),), source=Bytes(raw))
     return tensors
 
 
@@ -96,7 +106,7 @@ def _parts(module: str, parameter: str, delta: Kind, deltas: Mapping[str, Kind])
             return {
                 f"{module}.lora_down.weight": a,
                 f"{module}.lora_up.weight": b,
-                f"{module}.alpha": _alpha(f"{module}.alpha", delta),
+                f"{module}.alpha": alpha(delta.alpha, delta.rank, delta.scaling),
             }
         case Renormed(delta=LowRank() as pair, magnitude=magnitude, axis=axis):
             ones = (1,) * (len(pair.a.shape) - 1)
@@ -109,36 +119,8 @@ def _parts(module: str, parameter: str, delta: Kind, deltas: Mapping[str, Kind])
             names = {"weight": ("diff", "w_norm"), "bias": ("diff_b", "b_norm")}[parameter]
             return {f"{module}.{names[norm]}": scaled(diff, scaling)}
         case Replace(value=value):
-            return {f"{module}.set_weight": value}
-        case Renormed():  # not a pair inside: among what is lost
-            return {}
+            return {module + SET: value}
         case _:
-            assert_never(delta)
-
-
-def _alpha(name: str, pair: LowRank) -> Leaf:
-    """The number that makes alpha / rank the scaling."""
-    alpha = pair.alpha
-    if alpha is None or alpha / pair.rank != pair.scaling:
-        alpha = pair.scaling * pair.rank
-    try:
-        raw = struct.pack("<f", alpha)
-    except OverflowError:
-        raw = b""
-    if raw and struct.unpack("<f", raw)[0] == alpha:
-        return _held(name, "F32", (), raw)
-    return _held(name, "F64", (), struct.pack("<d", alpha))
-
-
-def _held(name: str, dtype: str, shape: tuple[int, ...], raw: bytes) -> Leaf:
-    return Leaf(name, dtype, shape, source=_Bytes(name, raw))
-
-
-class _Bytes:
-    """A few bytes as a source."""
-
-    def __init__(self, name: str, raw: bytes) -> None:
-        self.name, self.size, self._raw = name, len(raw), raw
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self._raw[offset : offset + length]
+            if isinstance(delta, Rotated) and delta.method == KOHYA:
+                module = OFT + module.removeprefix("lora_unet_")
+            return {f"{module}.{name}": leaf for name, leaf in parts_of(delta).items()}

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Adapter, Leaf, LowRank
-from loratools.containers import plain_yaml, torch_zip
+from loratools.containers import plain_yaml
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, Problem, error, shown
 from loratools.formats import litgpt_writing
 from loratools.formats.evening import nothing
-from loratools.formats.reading import Reading, unwrapped
+from loratools.formats.reading import Reading, contents, unwrapped
 from loratools.names.heads import Facts, config_of, facts_from, group_order
 from loratools.names.rules import pattern
 from loratools.views import joined, padded, part, reordered
@@ -59,7 +59,7 @@ def detect(bundle: Bundle) -> bool:
     if not bundle.chosen.endswith((".lora", ".pth", ".pt", ".ckpt")):
         return False
     try:
-        keys = torch_zip.state_dict(bundle.open(bundle.chosen)).tensors
+        keys = contents(bundle, bundle.chosen)[0]
     except LoratoolsError:
         return False
     found = [part_of(key) for key in keys]
@@ -78,14 +78,14 @@ class Fusion:
 def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     """A litgpt adapter from its headers; fused q, k, v become one pair with blocks in its B."""
     weights = bundle.chosen or WEIGHTS
-    file = torch_zip.state_dict(bundle.open(weights))
+    tensors, _, extras = contents(bundle, weights)
     reading = Reading(bundle.name, assume)
     config, files = _config(bundle)
     alpha = _alpha(config, reading)
     facts = facts_from(config)
     modules: dict[str, dict[str, Leaf]] = {}
-    other = [*file.extras]
-    for key, leaf in file.tensors.items():
+    other: list[str] = []
+    for key, leaf in tensors.items():
         found = part_of(key)
         if found is None:
             other.append(key)
@@ -117,6 +117,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
         )
         reading.problem("missing", message, severity="warning")
     reading.unexplained(other)
+    reading.extras(extras, weights)
     return Adapter(
         deltas=reading.deltas,
         format="litgpt",

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from loratools.adapter import Source
-from loratools.containers import gguf, safetensors, torch_zip
+from loratools.containers import gguf, npy, safetensors, torch_zip
 from loratools.containers.bundle import Bundle
 from loratools.containers.looks import (
     is_onnx,
@@ -110,10 +110,14 @@ def _file(source: Source) -> str:
         return what_weights({n: leaf.shape for n, leaf in header.leaves.items()})
     if name.endswith((".pt", ".pth", ".bin", ".ckpt")) and head.startswith((b"PK", b"\x80")):
         return _torch(source)
+    if name.endswith(".npz") and head.startswith(b"PK"):
+        return what_weights({n: leaf.shape for n, leaf in npy.arrays(source).items()})
     if name.endswith(".onnx") or is_onnx(head):
         return _onnx(source, head)
     if name.endswith(".bin") and (words := _llama2c(head, source.size)):
         return words
+    if name.endswith(".json") and head.lstrip()[:1] == b"[":
+        return "JSON text"
     return what_it_is(head[:512]) or "a file of some other sort"
 
 

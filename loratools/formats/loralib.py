@@ -12,16 +12,14 @@ from loratools.adapter import FLOATS, Adapter, Dense, Leaf
 from loratools.containers.bundle import Bundle
 from loratools.errors import error, shown
 from loratools.formats.grouped import FUSED, scattered
-from loratools.formats.reading import Reading
+from loratools.formats.reading import Reading, contents
 from loratools.formats.state_dicts import (
     alpha_of,
     ask,
-    contents,
     flag,
     flags,
     is_table,
     keys_of,
-    mention,
     note_rest,
     others_in,
     take_full,
@@ -92,7 +90,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
                 transposed.add(f"{module}.weight")
     take_full(reading, {_plain(key, modules): leaf for key, leaf in full.items()}, _MERGES)
     note_rest(reading, extras, file)
-    mention(reading, bundle, file, others_in(bundle, file))
+    reading.mention(bundle, file, others_in(bundle, file))
     turned = flag(assume, "fan_in_fan_out")
     return Adapter(
         deltas=reading.deltas,

@@ -15,7 +15,7 @@ from loratools.errors import LoratoolsError, Problem, error, shown
 from loratools.formats.mlx_writing import BASE, CONFIG
 from loratools.formats.mlx_writing import lost as lost
 from loratools.formats.mlx_writing import write as write
-from loratools.formats.reading import Reading, tensors_of
+from loratools.formats.reading import Reading, contents
 from loratools.views import turned
 
 SUFFIX: str | None = None
@@ -44,7 +44,7 @@ def detect(bundle: Bundle) -> bool:
         config = _config(bundle)
         if config is not None and "peft_type" not in config and _is_ours(config):
             return bundle.chosen is None or _named(weights)
-        keys = _tensors(bundle, weights)[0] if _readable(bundle, weights) else {}
+        keys = contents(bundle, weights)[0] if _readable(bundle, weights) else {}
     except LoratoolsError as refused:
         # A config that cannot be read may still be one of MLX's: `read` says what is wrong.
         return refused.exit == 3 and "adapters.safetensors" in bundle and bundle.chosen is None
@@ -83,12 +83,6 @@ def _config(bundle: Bundle) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _tensors(bundle: Bundle, name: str) -> tuple[dict[str, Leaf], dict[str, str]]:
-    if name.endswith(".npz"):
-        return npy.arrays(bundle.open(name)), {}
-    return tensors_of(bundle, name)
-
-
 # ------------------------------------------------------------------------------- reading
 
 
@@ -97,14 +91,15 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     weights = _weights(bundle)
     if weights is None:
         raise error("not_found", f"{shown(bundle.name)} holds none of {', '.join(WEIGHTS)}")
-    tensors, metadata = _tensors(bundle, weights)
+    tensors, metadata, _ = contents(bundle, weights)
     reading = Reading(bundle.name, assume)
     found = _config(bundle)
     config: dict[str, Any] = {}
     if found is not None and "peft_type" not in found and _is_ours(found):
         config = require(found, SORTED, f"{bundle.name}/{CONFIG}")
     transposed = _assemble(reading, tensors, config)
-    others = [n for n in bundle.names if _named(n) and n != weights]
+    reading.mention(bundle, weights, [n for n in WEIGHTS if n in bundle])
+    others = [n for n in bundle.names if _SNAPSHOT.fullmatch(n) and n != weights]
     if others:
         listed = ", ".join(shown(n) for n in others[:8]) + (", ..." if len(others) > 8 else "")
         message = f"{listed} lies beside {shown(weights)} and was not read"
@@ -171,13 +166,14 @@ def _pair(
 ) -> bool:
     """Take in one module's factors, (in, rank) and (rank, out); whether it is an embedding."""
     a, b, m = (parts.get(part) for part in PARTS)
-    if any(leaf is not None and len(leaf.shape) == 3 for leaf in (a, b)):
-        reading.problem(
-            "unknown_type",
-            f"{shown(module)} has factors for each of several experts (SwitchLinear); these are "
-            "not read",
-            module,
-        )
+    if a is not None and b is not None and 3 in (len(a.shape), len(b.shape)):
+        said, words = _parameters(config).get("rank"), ("lora_a", "lora_b")
+        stack = reading.stack(module, a, b, scaling=scale, words=words)
+        if stack is not None and said is not None and said != stack.rank:
+            message = f"{shown(module)}: config says rank {shown(said)}, lora_a has {stack.rank}"
+            reading.problem("config_conflict", message, module)
+        if m is not None:
+            reading.unexplained([f"{module}.m"])
         return False
     if kind != "dora" and m is not None and config:
         message = f"{shown(module)} has DoRA magnitudes, and the config says {shown(kind)}"

@@ -6,9 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
-from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Renormed, Replace, leaves
+from loratools.adapter import Adapter, Experts, Kind, Leaf, LowRank, Renormed, Replace, leaves
 from loratools.containers import safetensors
 from loratools.errors import Problem, shown
 from loratools.views import later, padded, renamed, reshaped, scaled, turned
@@ -42,9 +42,14 @@ def lost(adapter: Adapter) -> list[Problem]:
 def _type(adapter: Adapter) -> str:
     """fine_tune_type of what is written: a file has one, so the most frequent decides."""
     counts = Counter(
-        "dora" if isinstance(d, Renormed) else "lora" if isinstance(d, LowRank) else "full"
+        "dora"
+        if isinstance(d, Renormed)
+        else "lora"
+        if isinstance(d, LowRank | Experts)
+        else "full"
         for d in adapter.deltas.values()
-        if isinstance(d, LowRank | Renormed) or (isinstance(d, Replace) and d.then is None)
+        if isinstance(d, LowRank | Experts | Renormed)
+        or (isinstance(d, Replace) and d.then is None)
     )
     if counts["lora"] or counts["dora"]:
         return "dora" if counts["dora"] >= counts["lora"] else "lora"
@@ -60,6 +65,10 @@ def _refused(key: str, delta: Kind, kind: str, *, embedding: bool) -> str | None
             if len(a.shape) != 2:
                 return "MLX has no factors for convolutions"
             return None if kind == "lora" else f"a plain pair in an adapter written as {kind}"
+        case Experts():
+            if delta.over != "in" or not key.endswith(".weight"):
+                return "which side of the experts A is on is known with their base only"
+            return None if kind == "lora" else f"a stack of experts in an adapter written as {kind}"
         case Renormed(delta=LowRank() as inner, axis=axis):
             if axis != ("in" if embedding else "out"):
                 return "MLX has magnitudes per row of the stored weight only"
@@ -71,10 +80,8 @@ def _refused(key: str, delta: Kind, kind: str, *, embedding: bool) -> str | None
         case Replace(rows=None, then=None):
             full = kind == "full"
             return None if full else f"a parameter in full in an adapter written as {kind}"
-        case Replace() | Dense():
-            return f"MLX has no place for this {type(delta).__name__}"
         case _:
-            assert_never(delta)
+            return f"MLX has no place for this {type(delta).__name__}"
 
 
 def write(adapter: Adapter, folder: Path) -> dict[str, str]:
@@ -90,11 +97,11 @@ def write(adapter: Adapter, folder: Path) -> dict[str, str]:
         if not _refused(key, delta, kind, embedding=key in adapter.transposed)
     }
     tensors: dict[str, Leaf] = {}
-    pairs: dict[str, LowRank] = {}
+    pairs: dict[str, LowRank | Experts] = {}
     for key, delta in kept.items():
         module = key.removesuffix(".weight")
         match delta:
-            case LowRank():
+            case LowRank() | Experts():
                 pairs[module] = delta
             case Renormed(delta=LowRank() as inner, magnitude=m):
                 pairs[module] = inner
@@ -106,6 +113,10 @@ def write(adapter: Adapter, folder: Path) -> dict[str, str]:
     for module, pair in pairs.items():
         b = pair.b if pair.scaling == scale else scaled(pair.b, pair.scaling / scale)
         more = rank - pair.rank
+        if isinstance(pair, Experts):
+            tensors[f"{module}.lora_a"] = padded(pair.a, 0, more, axis=1)
+            tensors[f"{module}.lora_b"] = padded(b, 0, more, axis=2)
+            continue
         tensors[f"{module}.lora_a"] = turned(padded(pair.a, 0, more))
         tensors[f"{module}.lora_b"] = turned(padded(b, 0, more, axis=1))
     held = {name: renamed(_readable(leaf), name) for name, leaf in tensors.items()}
@@ -116,7 +127,7 @@ def write(adapter: Adapter, folder: Path) -> dict[str, str]:
     return {WEIGHTS: safetensors.write(folder / WEIGHTS, held, metadata)}
 
 
-def _common(pairs: Mapping[str, LowRank]) -> float:
+def _common(pairs: Mapping[str, LowRank | Experts]) -> float:
     """The scaling that most pairs have; of equally frequent ones the first, 0 only if all are."""
     counts = Counter(pair.scaling for pair in pairs.values() if pair.scaling)
     return counts.most_common(1)[0][0] if counts else 0.0

@@ -10,7 +10,7 @@ from loratools.adapter import Adapter, Leaf, Source
 from loratools.containers import plain_yaml, tar, torch_zip
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, error, shown
-from loratools.formats.reading import Reading, tensors_of, unwrapped
+from loratools.formats.reading import Reading, contents, unwrapped
 from loratools.names.heads import config_of, facts_from
 from loratools.views import joined, part
 
@@ -19,6 +19,7 @@ VOCABULARY = "megatron"
 CONFIG, WEIGHTS, RUN = "model_config.yaml", "model_weights.ckpt", "run_config.yaml"
 LEAVES = {".linear_in.weight": "linear_in", ".linear_out.weight": "linear_out"}
 MAGNITUDE = ".weight_magnitude"
+ENDS = (*LEAVES, MAGNITUDE)
 # What NeMo 1 calls its adapters, and the module of Megatron's that each is added to.
 ADAPTERS = {
     "self_attention.adapter_layer.lora_kqv_adapter": "self_attention.linear_qkv",
@@ -37,10 +38,12 @@ ROWWISE = (".linear_proj", ".linear_fc2")  # their inputs are divided among tens
 
 def part_of(key: str) -> tuple[str, str] | None:
     """The module and the part of a key; None for any other tensor."""
+    if not key.endswith(ENDS):
+        return None
     bare = unwrapped(key).removeprefix("model.").removeprefix("module.")
     if bare.startswith("language_model.encoder."):  # Megatron before its core library
         bare = "decoder." + bare.removeprefix("language_model.encoder.")
-    found = next((s for s in (*LEAVES, MAGNITUDE) if bare.endswith(s)), None)
+    found = next((s for s in ENDS if bare.endswith(s)), None)
     if found is None or not bare.startswith("decoder."):
         return None
     stem, what = bare.removesuffix(found), LEAVES.get(found, "magnitude")
@@ -68,7 +71,7 @@ def detect(bundle: Bundle) -> bool:
         return _is_adapter(bundle.open(name))
     try:
         if name.endswith((".pt", ".ckpt", ".safetensors", ".bin")):
-            return any(part_of(key) for key in tensors_of(bundle, name)[0])
+            return any(part_of(key) for key in contents(bundle, name)[0])
     except LoratoolsError:
         return False
     return False
@@ -124,14 +127,15 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
         )
     if name.endswith(".nemo"):
         metadata: dict[str, str] = {}
-        tensors, other, config = _unpacked(bundle.open(name))
+        tensors, extras, config = _unpacked(bundle.open(name))
     else:
-        tensors, metadata = tensors_of(bundle, name)
+        tensors, metadata, beyond = contents(bundle, name)
         run = _mapping(bundle.open(RUN)) if RUN in bundle else {}
-        other, config = [], run
+        extras, config = [*beyond], run
     said = _settings(config)
     alpha, neutral = _alpha(said, reading, archive=name.endswith(".nemo"))
     modules: dict[str, dict[str, Leaf]] = {}
+    other: list[str] = []
     for key, leaf in tensors.items():
         found = part_of(key)
         if found is None:
@@ -154,11 +158,12 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
         if pair is not None and isinstance(dim, int) and dim != pair.rank:
             message = f"{shown(module)}: the config says rank {dim}, linear_in has {pair.rank} rows"
             reading.problem("config_conflict", message, module)
-    states = [key for key in other if key.endswith("_extra_state")]
+    states = [key for key in (*other, *extras) if key.endswith("_extra_state")]
     if states:
         message = f"{len(states)} entries named _extra_state are Transformer Engine's, not weights"
         reading.problem("unexplained", message, severity="note")
     reading.unexplained([key for key in other if key not in states])
+    reading.extras([key for key in extras if key not in states], name)
     scheme = _scheme(config)
     if scheme is not None and not scheme.startswith(("lora", "canonical_lora", "qlora")):
         message = f"peft_scheme {shown(scheme)}: only LoRA of NeMo is read"
@@ -246,17 +251,17 @@ def _unpacked(source: Source) -> tuple[dict[str, Leaf], list[str], dict[str, Any
     per_stage = _layers_per_stage(config, stages, source)
     gated = "glu" in str(config.get("activation", "")).lower()
     tensors: dict[str, Leaf] = {}
-    other: list[str] = []
+    extras: dict[str, None] = {}
     for stage in range(stages):
         parts = [torch_zip.state_dict(files[Rank(stage, i)]) for i in range(width)]
-        other += [key for file in parts for key in file.extras]
+        extras |= {key: None for file in parts for key in file.extras}
         keys = {key: None for file in parts for key in file.tensors}
         for key in keys:
             if any(key not in file.tensors for file in parts):
                 raise error("missing", f"{shown(key)} stands in some tensor-parallel parts only")
             leaf = _together(key, [file.tensors[key] for file in parts], gated)
             tensors[_moved(key, stage * per_stage)] = leaf
-    return tensors, other, config
+    return tensors, [*extras], config
 
 
 def _rank(folder: str) -> Rank | None:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import PurePath
 
 from loratools.adapter import Adapter, Leaf
-from loratools.containers import npy, safetensors, torch_zip
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, error, shown
-from loratools.formats.reading import Reading, unwrapped
+from loratools.formats.reading import Reading, contents, unwrapped
 from loratools.views import turned
 
 SUFFIXES = (".npz", ".safetensors", ".pt")
@@ -30,7 +29,7 @@ def detect(bundle: Bundle) -> bool:
     if name is None:
         return False
     try:
-        tensors, _ = _tensors(bundle, name)
+        tensors = contents(bundle, name)[0]
     except LoratoolsError:
         return False
     if any(_is_quantised(key) for key in tensors):
@@ -48,17 +47,6 @@ def _file(bundle: Bundle) -> str | None:
         return bundle.chosen if PurePath(bundle.chosen).suffix in SUFFIXES else None
     found = [name for name in bundle.names if name.endswith(SUFFIXES)]
     return found[0] if len(found) == 1 and found[0].endswith(".npz") else None
-
-
-def _tensors(bundle: Bundle, name: str) -> tuple[dict[str, Leaf], list[str]]:
-    """The tensors of a file, and the keys of what is no tensor."""
-    source = bundle.open(name)
-    if name.endswith(".npz"):
-        return npy.arrays(source), []
-    if name.endswith(".pt"):
-        file = torch_zip.state_dict(source)
-        return file.tensors, [str(key) for key in file.extras]
-    return safetensors.read_header(source).leaves, []
 
 
 def _is_quantised(key: str) -> bool:
@@ -88,7 +76,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     name = _file(bundle)
     if name is None:
         raise error("not_found", f"{shown(bundle.name)} holds no adapter of Olive's")
-    tensors, extras = _tensors(bundle, name)
+    tensors, _, extras = contents(bundle, name)
     reading = Reading(bundle.name, assume)
     pairs = _pairs(tensors)
     for module, (a, b) in pairs.items():
@@ -110,7 +98,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
             reading.problem("unknown_type", message, shown(key))
         elif not key.endswith((A, B)):
             reading.unexplained([key])
-    reading.unexplained(extras)
+    reading.extras(extras, name)
     return Adapter(
         deltas=reading.deltas,
         format="olive",

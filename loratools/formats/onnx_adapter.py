@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
-from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Renormed, Replace
+from loratools.adapter import Adapter, Kind, Leaf, LowRank, Renormed
 from loratools.containers import flatbuffer
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, Problem, error, shown
@@ -179,10 +179,8 @@ def _refused(adapter: Adapter, key: str, delta: Kind) -> str | None:
             return None
         case Renormed():
             return "onnxruntime adds x·A·B and does not renormalise (DoRA): fold it instead"
-        case Dense() | Replace():
-            return f"an .onnx_adapter has no place for this {type(delta).__name__}"
         case _:
-            assert_never(delta)
+            return f"an .onnx_adapter has no place for this {type(delta).__name__}"
 
 
 def write(adapter: Adapter, out: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,18 @@ RUNTIME = {
     "arrow_config": "Arrow routes between adapters for every token",
     "layer_replication": "it was trained on a base with replicated layers",
 }
-# Fields whose variants store the same leaves with another meaning.
-VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "target_parameters")
+# Fields whose variants store the same leaves with another meaning: code and reason.
+VARIANTS = {
+    "use_qalora": (
+        "not_foldable",
+        "QA-LoRA averages groups of inputs for a quantised base and goes into its zero points",
+    ),
+    "kasa_config": (
+        "residual_base",
+        "KaSA trains upon a base without its smallest singular values",
+    ),
+    "monteclora_config": ("not_foldable", "its factors are drawn at random around what is stored"),
+}
 
 # Fields that decide something, and what they must hold.
 SORTED = {
@@ -108,12 +118,14 @@ def understood(config: dict[str, Any], name: str) -> tuple[dict[str, Any], list[
     return config, problems
 
 
-def unknown_fields(config: Mapping[str, Any], name: str, *, unexplained: bool) -> Iterator[Problem]:
+def unknown_fields(
+    config: Mapping[str, Any], name: str, known: Collection[str] = KNOWN, *, unexplained: bool
+) -> Iterator[Problem]:
     """Fields that PEFT 0.21 does not know; an error where one is set and tensors are unexplained.
 
     They are kept, and written again.
     """
-    unknown = [k for k in config if k not in KNOWN]
+    unknown = [k for k in config if k not in known]
     if unknown:
         listed = shown(", ".join(unknown))
         is_set = any(config[k] for k in unknown)
@@ -155,24 +167,12 @@ def saves_itself(config: Mapping[str, Any], module: str, parameter: str) -> bool
 
 def config_problems(config: Mapping[str, Any], modules: list[str], name: str) -> Iterator[Problem]:
     """What the config says that stands against folding or merging, or that no module explains."""
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(RESIDUAL):
-        yield Problem(
-            "residual_base",
-            f"init_lora_weights={shown(init)}: the adapter fits only the residual base that this "
-            "initialisation made",
-            adapter=name,
-        )
     for field, reason in RUNTIME.items():
         if config.get(field):
             yield Problem("not_foldable", f"{field} is set: {reason}", adapter=name)
-    for field in VARIANTS:
+    for field, (code, reason) in VARIANTS.items():
         if config.get(field):
-            yield Problem(
-                "unknown_type",
-                f"{field} is set: its tensors mean something else than plain LoRA's",
-                adapter=name,
-            )
+            yield Problem(code, f"{field} is set: {reason}", adapter=name)
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = _mapping(config, field)
         for key in patterns:
@@ -209,19 +209,22 @@ def config_for(
     saved: tuple[str, ...],
     rows: Mapping[str, list[int]],
     said: Mapping[str, Any],
+    parameters: Mapping[str, LowRank] | None = None,
 ) -> dict[str, Any]:
     """A config under which PEFT gives every pair its rank and scaling; `said` stands in it as is.
 
     The source's own fields are kept while they say the right thing; otherwise rank, alpha and the
     two patterns are written anew with plain scaling, exceptions named by full module path.
+    `parameters` are pairs of parameters, by name, that are targeted themselves.
     """
     config = dict(source)
     config.setdefault("peft_type", "LORA")
     config.setdefault("base_model_name_or_path", None)
     config.setdefault("task_type", None)
     config["inference_mode"] = True
-    if not _says(config, pairs):
-        config.update(_plain(pairs))
+    every = {**pairs, **(parameters or {})}
+    if not _says(config, every):
+        config.update(_plain(every))
     targets = config.get("target_modules")
     if pairs and not _names_all(targets, pairs):
         config["target_modules"] = sorted(pairs)
@@ -281,22 +284,23 @@ def _says(config: dict[str, Any], pairs: Mapping[str, LowRank]) -> bool:
 
 
 def _plain(pairs: Mapping[str, LowRank]) -> dict[str, Any]:
-    alphas = {m: _number(p.scaling * p.rank) for m, p in pairs.items()}
+    alphas = {m: plain_number(p.scaling * p.rank) for m, p in pairs.items()}
     rank = Counter(p.rank for p in pairs.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": False,
-        "rank_pattern": {_exactly(m): p.rank for m, p in pairs.items() if p.rank != rank},
-        "alpha_pattern": {_exactly(m): a for m, a in alphas.items() if a != alpha},
+        "rank_pattern": {exactly(m): p.rank for m, p in pairs.items() if p.rank != rank},
+        "alpha_pattern": {exactly(m): a for m, a in alphas.items() if a != alpha},
     }
 
 
-def _number(value: float) -> int | float:
+def plain_number(value: float) -> int | float:
+    """A whole number without its point."""
     return int(value) if value == int(value) else value
 
 
-def _exactly(module: str) -> str:
+def exactly(module: str) -> str:
     """A pattern that PEFT's rule matches with this module alone (its keys are regexes)."""
     return "^" + module.replace(".", r"\.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from loratools.adapter import Leaf
@@ -54,11 +54,17 @@ def is_lora(keys: Iterable[str]) -> bool:
     return any(part_of(key).part in (*PARTS, TOKENS) for key in keys)
 
 
-def group(tensors: Mapping[str, Leaf]) -> Found:
-    """The tensors of a file by module and part; MalformedError where a parameter stands twice."""
+def group(
+    tensors: Mapping[str, Leaf], parts: Collection[str] = (), shared: Collection[str] = ()
+) -> Found:
+    """The tensors of a file by module and part; MalformedError where a parameter stands twice.
+
+    `parts` and `shared` are the names of a method other than LoRA; shared tensors are those of
+    the module "".
+    """
     found, spare = Found(), dict[str, Leaf]()
     for key, leaf in tensors.items():
-        part = part_of(key)
+        part = part_of(key, parts, shared)
         found.adapters |= {part.adapter} if part.adapter else set()
         if part.part == COPY:
             found.copies.append(leaf)
@@ -78,14 +84,18 @@ def group(tensors: Mapping[str, Leaf]) -> Found:
     return found
 
 
-def part_of(key: str) -> Part:
-    """A key in the grammar of specs/formats/peft.md."""
+def part_of(key: str, parts: Collection[str] = (), shared: Collection[str] = ()) -> Part:
+    """A key in the grammar of specs/formats/peft.md; with `parts`, in that of their method."""
     pieces = [p for p in key.removeprefix("module.").split(".") if p not in WRAPPERS]
     if pieces[:2] == ["base_model", "model"]:
         pieces = pieces[2:]
+    if parts:
+        found = _part_among(pieces, parts, shared)
+        if found is not None:
+            return found
     for i in range(len(pieces) - 1, -1, -1):
         piece, before, tail = pieces[i], pieces[:i], pieces[i + 1 :]
-        if piece in PARTS and len(tail) <= 2:
+        if piece in PARTS and len(tail) <= 2 and not parts:
             leaf = tail.pop() if tail and tail[-1] in ("weight", "bias") else "weight"
             bias = ".bias" if leaf == "bias" else ""
             return Part(_bare(before), piece + bias, ".".join(tail), _owner(before))
@@ -97,6 +107,29 @@ def part_of(key: str) -> Part:
         if piece in ORIGINALS:
             return Part(_bare([*before, *tail]), COPY)
     return Part(_bare(pieces), VALUE)
+
+
+def _part_among(pieces: list[str], parts: Collection[str], shared: Collection[str]) -> Part | None:
+    """The part of a module, or of all modules, that the pieces of a key name.
+
+    The name of an adapter, where it was left in, follows the first piece of the part. In the names
+    of parts `*` is any number, in those of shared tensors any word.
+    """
+    inner = pieces[1:] if pieces[:1] == ["base_model"] else pieces
+    if inner and inner[0] in shared and len(inner) <= 2:
+        return Part("", inner[0], ".".join(inner[1:]))
+    if f"{inner[0] if inner else ''}.*" in shared and 2 <= len(inner) <= 3:
+        which, adapter_name = [*inner[1:], ""][:2]  # a role's, or a group's that has a number
+        if adapter_name.isdecimal() and not which.isdecimal():
+            which, adapter_name = adapter_name, which
+        return Part("", f"{inner[0]}.{which}", adapter_name)
+    for i in range(len(pieces) - 1, -1, -1):
+        for tail, adapter in ((pieces[i:], ""), ([pieces[i], *pieces[i + 2 :]], pieces[i + 1 :])):
+            numbered = ".".join("*" if p.isdecimal() else p for p in tail)
+            named = ".".join(tail) in parts or numbered in parts
+            if named and len(pieces) - i - len(tail) == len(adapter[:1]):
+                return Part(_bare(pieces[:i]), ".".join(tail), "".join(adapter[:1]))
+    return None
 
 
 def _bare(pieces: list[str]) -> str:

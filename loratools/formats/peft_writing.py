@@ -6,14 +6,41 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Renormed, Replace
+from loratools.adapter import (
+    Adapter,
+    Chained,
+    Dense,
+    Experts,
+    Hadamard,
+    Kind,
+    Kronecker,
+    Leaf,
+    LowRank,
+    Original,
+    Renormed,
+    Replace,
+    Rotated,
+    Scaled,
+    Sparse,
+    Spectral,
+    leaves,
+)
 from loratools.errors import error, shown
-from loratools.formats.peft_config import config_for, saves_itself, twice
+from loratools.formats.peft_config import VARIANTS, config_for, saves_itself, twice
+from loratools.formats.peft_experts import disassembled, pairs_of, said_by
 from loratools.formats.peft_keys import BASE, PREFIX, TOKENS, saved_stem
+from loratools.formats.peft_method_writing import CARRIED, flavour, method_config, written
+from loratools.formats.peft_residual import FIELD, REPEATABLE
+from loratools.views import later
 
 
 def beyond(adapter: Adapter) -> dict[str, str]:
     """The keys of an adapter that PEFT has no place for, with what stands there."""
+    if as_read(adapter):
+        return {}
+    kind = flavour(adapter)
+    if kind is not None:
+        return written(adapter, kind).beyond
     pairs = {k.rpartition(".")[0] for k, d in adapter.deltas.items() if _low_rank(d)}
     found = {}
     for key, delta in adapter.deltas.items():
@@ -30,15 +57,30 @@ def beyond(adapter: Adapter) -> dict[str, str]:
                 found[key] = "a difference in full"
             case Dense() if module not in pairs:
                 found[key] = "a bias of a module without a pair"
+            case Renormed(delta=LowRank()):
+                pass
+            case Renormed(delta=inner):
+                found[key] = f"a DoRA over {_called(inner)}"
+            case (
+                Hadamard() | Kronecker() | Sparse() | Spectral() | Scaled() | Rotated() | Chained()
+            ):
+                found[key] = _called(rest)
     return found
 
 
 def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
-    """PEFT's tensors by key, and its config.
+    """PEFT's tensors by key, and its config; as they were read where nothing was changed.
 
     RefusedError `loss` for what PEFT has no place for: full differences, column-wise DoRA.
     """
-    source = adapter.config if adapter.format == "peft" else {}
+    if as_read(adapter):
+        return dict(adapter.original), dict(adapter.config)
+    kind = flavour(adapter)
+    if kind is not None:
+        made = written(adapter, kind)
+        own = _as_wide_as(adapter, made.tensors)
+        return own, method_config(adapter, kind, made)
+    source = plain_source(adapter)
     pairs = {k.rpartition(".")[0]: p for k, d in adapter.deltas.items() if (p := _low_rank(d))}
     # Only nn.MultiheadAttention has a pair of its own and one within it, its out_proj's.
     owners = {m: o for m in pairs if (o := m.rpartition(".")[0]) in pairs}
@@ -80,7 +122,7 @@ def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
             case Dense() if parameter == "bias" and module in pairs:
                 said["lora_bias"] = True
                 tensors[f"{stem}.lora_B.bias"] = _bias(rest, pairs[module].scaling)
-            case None:
+            case Experts() | None:  # experts' stacks: below, all of a module together
                 pass
             case _:
                 what = type(rest).__name__
@@ -89,8 +131,80 @@ def disassemble(adapter: Adapter) -> tuple[dict[str, Leaf], dict[str, Any]]:
     if "lora_bias" in said:  # one flag for all: those without get zeros
         for module, pair in outer.items():
             tensors.setdefault(f"{PREFIX}{module}.lora_B.bias", _zeros(pair.b, pair.b.shape[:1]))
-    named = {name: replace(leaf, name=name) for name, leaf in tensors.items()}
-    return named, config_for(outer, source, saved=tuple(saved), rows=rows, said=said)
+    tensors |= disassembled(adapter)
+    said |= said_by(adapter, source)
+    return _as_wide_as(adapter, tensors), config_for(
+        outer, source, saved=tuple(saved), rows=rows, said=said, parameters=pairs_of(adapter)
+    )
+
+
+def _as_wide_as(adapter: Adapter, tensors: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """Tensors under their names; what was computed in float64 as float32, unless that is stored."""
+    stored = (leaf for delta in adapter.deltas.values() for leaf in leaves(delta))
+    wide = any(leaf.dtype == "F64" and leaf.made is None for leaf in stored)
+    return {
+        name: replace(leaf if wide else _narrow(leaf), name=name) for name, leaf in tensors.items()
+    }
+
+
+def _narrow(leaf: Leaf) -> Leaf:
+    if leaf.dtype != "F64" or leaf.made is None:
+        return leaf
+    return later(leaf.name, "F32", leaf.shape, lambda: leaf.tensor().float())
+
+
+def as_read(adapter: Adapter) -> bool:
+    """Whether the deltas are those of the file, whose tensors are then written again."""
+    original = adapter.original
+    changed = isinstance(original, Original) and not original.are(adapter.deltas)
+    return adapter.format == "peft" and bool(original) and not changed
+
+
+def plain_source(adapter: Adapter) -> Mapping[str, Any]:
+    """The config that a LoRA is written from; of another type only what stays true."""
+    if adapter.format != "peft":
+        return {}
+    config = adapter.config
+    other = any(field in config for field in ("alpha", "init_r", "feedforward_modules"))
+    if config.get("peft_type", "" if other else "LORA") in ("LORA", "TRAINABLE_TOKENS"):
+        kept = {k: v for k, v in config.items() if not v or k not in (*VARIANTS, "use_bdlora")}
+        # A pair upon the plain base: PEFT would take its start out of the base once more.
+        given = adapter.assumed.get("residual") == "given"
+        again = config.get(FIELD) in REPEATABLE and not given
+        return {**kept, FIELD: True} if again else kept
+    return {k: config[k] for k in (*CARRIED, "fan_in_fan_out") if config.get(k) is not None}
+
+
+def remedy_for(delta: Kind) -> str | None:
+    """What can be done about a delta that PEFT has no place for; None where nothing special."""
+    match delta:
+        case Hadamard() | Kronecker() | Sparse() | Spectral():
+            return "--rank N or --energy E makes it a LoRA that is as near as can be"
+        case Scaled() | Rotated() | Chained():
+            return "with the base (--base), --rank N makes it a LoRA that is as near as can be"
+        case Replace(then=then) if then is not None:
+            return remedy_for(then)
+        case _:
+            return None
+
+
+def _called(delta: Kind) -> str:
+    if isinstance(delta, Spectral) and delta.method == "made":
+        return "a change of the weight that has no exact factors"
+    name = _NAMES.get(type(delta).__name__, "a " + type(delta).__name__)
+    method = getattr(delta, "method", None)
+    return name if method is None else f"{name} ({method})"
+
+
+_NAMES = {
+    "Hadamard": "a LoHa",
+    "Kronecker": "a LoKr",
+    "Sparse": "a sparse update",
+    "Spectral": "an update by a transform",
+    "Scaled": "a scaled weight",
+    "Rotated": "a rotated weight",
+    "Chained": "an update that contains the weight",
+}
 
 
 def _low_rank(delta: Kind | None) -> LowRank | None:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from loratools.adapter import Adapter, Leaf
 from loratools.containers.bundle import Bundle
 from loratools.errors import error, shown
-from loratools.formats.reading import Reading, number, unwrapped
+from loratools.formats.reading import Reading, contents, number, unwrapped
 from loratools.formats.state_dicts import (
     ask,
-    contents,
     flag,
     is_table,
     keys_of,
-    mention,
     note_rest,
     others_in,
     take_full,
@@ -117,7 +115,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     _pairs(reading, modules)
     take_full(reading, full, _MERGES)
     note_rest(reading, extras, file)
-    mention(reading, bundle, file, others_in(bundle, file))
+    reading.mention(bundle, file, others_in(bundle, file))
     config: dict[str, object] = {"orientation_unsaid": unsaid} if unsaid else {}
     stored = flag(assume, "fan_in_fan_out")
     if stored is not None:

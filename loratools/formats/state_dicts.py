@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
 
 from loratools.adapter import Kind, Leaf, Replace
-from loratools.containers import safetensors, torch_zip
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, Problem, error, shown
-from loratools.formats.reading import Reading, unwrapped
+from loratools.formats.reading import Reading, contents, unwrapped
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 # What a trainer leaves beside weights.
@@ -34,30 +32,6 @@ def weights_in(bundle: Bundle) -> str | None:
     safe = [n for n in found if n.endswith(".safetensors")]
     some = safe or found
     return some[0] if len(some) == 1 else None
-
-
-def contents(bundle: Bundle, name: str) -> tuple[dict[str, Leaf], dict[str, str], dict[str, Any]]:
-    """The leaves of a safetensors or torch file, its metadata, and what in it is no tensor."""
-    source = bundle.open(name)
-    if name.endswith(".safetensors"):
-        header = safetensors.read_header(source)
-        return header.leaves, header.metadata, {}
-    file = torch_zip.state_dict(source)
-    return dict(file.tensors), {}, dict(file.extras)
-
-
-def mention(reading: Reading, bundle: Bundle, file: str, others: Iterable[str]) -> None:
-    """Files of the same weights beside the one read: a note, a warning where their keys differ."""
-    if bundle.chosen is not None:
-        return
-    for other in others:
-        try:
-            alike = contents(bundle, other)[0].keys() == contents(bundle, file)[0].keys()
-            more = "" if alike else ": its keys are others"
-        except LoratoolsError:
-            alike, more = False, " and cannot be"
-        message = f"{shown(other)} lies beside {shown(file)} and was not read{more}"
-        reading.problem("unexplained", message, severity="note" if alike else "warning")
 
 
 def others_in(bundle: Bundle, file: str) -> list[str]:
@@ -151,11 +125,9 @@ def take_full(reading: Reading, full: Mapping[str, Leaf], what_merges: str) -> N
         )
 
 
-def note_rest(reading: Reading, extras: Mapping[str, Any], file: str) -> None:
+def note_rest(reading: Reading, extras: Iterable[str], file: str) -> None:
     """What in the file is no tensor, and names that no module can have."""
-    for key in extras:
-        message = f"{shown(key)} in {shown(file)} is no tensor and was not read"
-        reading.problem("unexplained", message, shown(key), "note")
+    reading.extras(extras, file)
     for key in reading.deltas:
         if not key.isprintable() or key.startswith(".") or "." not in key:
             message = f'"{shown(key)}" is no name of a module\'s parameter'

@@ -12,7 +12,7 @@ from loratools.containers import plain_yaml, strict_json, torch_saving
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, Problem, error, shown
 from loratools.formats.evening import Even, evened
-from loratools.formats.reading import Reading, tensors_of, unwrapped
+from loratools.formats.reading import Reading, contents, unwrapped
 from loratools.names.heads import config_of, facts_from
 from loratools.names.llama import UNROTATED
 
@@ -22,6 +22,7 @@ WEIGHTS, CONFIG, RECIPE = "adapter_model.pt", "adapter_config.json", "torchtune_
 EXPORTS = ("adapter_model.safetensors", "adapter_model.bin")
 FRONT = "base_model.model."
 PARTS = {".lora_a.weight": "lora_a", ".lora_b.weight": "lora_b", ".magnitude": "magnitude"}
+ENDS = tuple(PARTS)
 # The linear layers that torchtune can adapt, with the name that Hugging Face gives them.
 TARGETS = {
     "q_proj": "q_proj",
@@ -37,6 +38,8 @@ TARGETS = {
 
 def part_of(key: str) -> tuple[str, str] | None:
     """The module and the part of a key; None for any other tensor."""
+    if not key.endswith(ENDS):
+        return None
     bare = unwrapped(key).removeprefix(FRONT)
     for suffix, part in PARTS.items():
         if bare.endswith(suffix) and len(bare) > len(suffix):
@@ -56,7 +59,8 @@ def detect(bundle: Bundle) -> bool:
     if not _is_native(keys):
         return False
     export = next((name for name in EXPORTS if name in bundle), None)
-    if export is None or export == weights or _is_native(_keys(bundle, export)):
+    exported = _keys(bundle, export) if export not in (None, weights) else ()
+    if not exported or _is_native(exported):  # none, none that can be read, or the same names
         return True
     # The export has Hugging Face's names and needs no head counts, so it is the better source
     # wherever torchtune exports rightly: not for magnitudes, nor for bases that it left unrotated
@@ -78,7 +82,7 @@ def _weights(bundle: Bundle) -> str | None:
 
 def _keys(bundle: Bundle, name: str) -> tuple[str, ...]:
     try:
-        return tuple(tensors_of(bundle, name)[0])
+        return tuple(contents(bundle, name)[0])
     except LoratoolsError:
         return ()  # whoever knows the file by its name will say what is wrong with it
 
@@ -92,7 +96,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     weights = bundle.chosen or _weights(bundle)
     if weights is None:
         raise error("not_found", f"{shown(bundle.name)} holds no {WEIGHTS}")
-    tensors, metadata = tensors_of(bundle, weights)
+    tensors, metadata, extras = contents(bundle, weights)
     reading = Reading(bundle.name, assume)
     config, files = _config(bundle, reading)
     alpha = _alpha(config, reading)
@@ -120,13 +124,8 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
             message = f"{shown(module)}: config says r={shown(said)}, lora_a has {pair.rank} rows"
             reading.problem("config_conflict", message, module)
     reading.unexplained(other)
-    beside = [n for n in (WEIGHTS, *EXPORTS) if n in bundle and n != weights]
-    if beside and bundle.chosen is None:
-        message = (
-            f"{', '.join(beside)} lies beside {weights} and was not read: torchtune exports "
-            "magnitudes, and all of some bases, with their rows in the wrong order"
-        )
-        reading.problem("unexplained", message, severity="note")
+    reading.extras(extras, weights)
+    _exports(reading, bundle, weights)
     return Adapter(
         deltas=reading.deltas,
         format="torchtune",
@@ -139,6 +138,23 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
         problems=reading.settle(),
         assumed=dict(assume),
     )
+
+
+def _exports(reading: Reading, bundle: Bundle, weights: str) -> None:
+    """What is said of PEFT exports beside the file that is read."""
+    there = [n for n in EXPORTS if n in bundle and n != weights]
+    if weights in EXPORTS or bundle.chosen is not None:
+        reading.mention(bundle, weights, there)
+        return
+    for name in there:
+        if _keys(bundle, name):
+            message = (
+                f"{name} lies beside {weights} and was not read: torchtune exports magnitudes, and "
+                "all of some bases, with their rows in the wrong order"
+            )
+            reading.problem("unexplained", message, severity="note")
+        else:
+            reading.mention(bundle, weights, [name])
 
 
 def _beside(bundle: Bundle, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from loratools import views
 from loratools.adapter import Adapter, Leaf
 from loratools.containers.bundle import Bundle
 from loratools.errors import error, shown
-from loratools.formats.image_keys import Grouped, Part, keys_of, said_copies, weights_of
+from loratools.formats.image_keys import Grouped, Part, keys_of, said_copies, say_rest, weights_of
 from loratools.formats.reading import Reading, unwrapped
 
 _KEY = re.compile(
@@ -57,6 +57,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     if file is None:
         raise error("unknown_type", f"{shown(bundle.name)} holds no tensors of XLabs'")
     reading = Reading(bundle.name, assume)
+    say_rest(reading, bundle, file)
     found = Grouped()
     parts: dict[str, tuple[str, ...]] = {}
     for key, leaf in leaves.items():

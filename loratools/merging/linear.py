@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from loratools.adapter import Kind, Leaf, LowRank, Replace
+from loratools.adapter import Additive, Experts, Kind, Leaf, LowRank, Made, Replace
 from loratools.algebra import add, held, scaled, widen
 from loratools.errors import error
-from loratools.rewriting import Additive
-from loratools.truncating import truncate
+from loratools.rewriting import lowered, shape
+from loratools.truncating import to_low_rank, truncate_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,15 @@ def linear(
     if replaced:
         return _replaced(replaced, additive, rank, energy)
     total = add([scaled(d, w) for w, d in additive])
-    if isinstance(total, LowRank) and (rank is not None or energy is not None):
-        short = truncate(total, rank=rank, energy=energy)
+    if rank is None and energy is None:
+        return Merged(total)
+    if isinstance(total, Experts):
+        return Merged(*truncate_stack(total, rank=rank, energy=energy))
+    if isinstance(total, Made):
+        total = lowered(total)
+    made = any(isinstance(d, Made) for _, d in additive)  # a full difference stays one
+    if isinstance(total, LowRank) or (made and len(shape(total) or ()) > 1):
+        short = to_low_rank(total, rank=rank, energy=energy)
         return Merged(short.delta, short.residual, short.total)
     return Merged(total)
 

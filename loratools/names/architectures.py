@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -187,11 +188,14 @@ def owners(address: str) -> set[str]:
 
 @cache
 def _index() -> dict[str, list[tuple[str, str]]]:
-    """Every template and whose it is, by its form without numbers."""
+    """Every template and whose it is, by its form without numbers; a norm is a module too."""
     index: dict[str, list[tuple[str, str]]] = {}
     for known in ARCHITECTURES:
         templates = {
-            name: None for rule in modules(known.name).rules for name in (*rule.parts, rule.whole)
+            form: None
+            for rule in modules(known.name).rules
+            for name in (*rule.parts, rule.whole)
+            for form in (name, re.sub(r"\.(weight|bias|scale)$", "", name))
         }
         for name in templates:
             index.setdefault(_blurred(name), []).append((name, known.name))

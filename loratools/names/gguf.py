@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from loratools.errors import shown
 from loratools.names.rules import Rule, renames
 
 _LAYER, _BLOCK = "model.layers.{n}.", "blk.{n}."
@@ -35,10 +37,23 @@ def _decoder(*lines: str, top: Sequence[str] = _TOP) -> tuple[Rule, ...]:
     return (*renames(lines, first=_LAYER, second=_BLOCK), *renames(top))
 
 
-LLAMA = (  # Mixtral's router too: GGUF calls both llama
+# Stacks of experts, under the names of checkpoints less the number.
+_MIXTRAL = (
+    "block_sparse_moe.experts.w1 ffn_gate_exps",
+    "block_sparse_moe.experts.w3 ffn_up_exps",
+    "block_sparse_moe.experts.w2 ffn_down_exps",
+)
+_EXPERTS = (
+    "mlp.experts.gate_proj ffn_gate_exps",
+    "mlp.experts.up_proj ffn_up_exps",
+    "mlp.experts.down_proj ffn_down_exps",
+)
+
+_LLAMAS = (  # Mixtral's router too: GGUF calls both llama
     *_ROTATED,
     *_decoder(*_VALUES, *_GATED, *_NORMS, "block_sparse_moe.gate ffn_gate_inp"),
 )
+LLAMA = (*_LLAMAS, *renames(_MIXTRAL, first=_LAYER, second=_BLOCK))
 QWEN2 = _decoder(*_PLAIN, *_GATED, *_NORMS)
 QWEN3 = (*QWEN2, *renames(_QK_NORMS, first=_LAYER, second=_BLOCK))
 QWEN2_MOE = _decoder(
@@ -49,8 +64,9 @@ QWEN2_MOE = _decoder(
     "mlp.shared_expert.gate_proj ffn_gate_shexp",
     "mlp.shared_expert.up_proj ffn_up_shexp",
     "mlp.shared_expert.down_proj ffn_down_shexp",
+    *_EXPERTS,
 )
-QWEN3_MOE = _decoder(*_PLAIN, *_QK_NORMS, *_NORMS, "mlp.gate ffn_gate_inp")
+QWEN3_MOE = _decoder(*_PLAIN, *_QK_NORMS, *_NORMS, "mlp.gate ffn_gate_inp", *_EXPERTS)
 GEMMA = _decoder(*_PLAIN, *_GATED, *_NORMS, top=_TIED)
 GEMMA2 = _decoder(*_PLAIN, *_GATED, *_FOUR_NORMS, top=_TIED)
 GEMMA3 = _decoder(*_PLAIN, *_QK_NORMS, *_GATED, *_FOUR_NORMS)
@@ -148,8 +164,8 @@ _TYPES: dict[str, tuple[str, tuple[Rule, ...]]] = {
     "llama": ("llama", LLAMA),
     "mistral": ("llama", LLAMA),
     "mixtral": ("llama", LLAMA),
-    "granite": ("granite", LLAMA),
-    "smollm3": ("smollm3", LLAMA),
+    "granite": ("granite", _LLAMAS),
+    "smollm3": ("smollm3", _LLAMAS),
     "qwen2": ("qwen2", QWEN2),
     "qwen2_moe": ("qwen2moe", QWEN2_MOE),
     "qwen3": ("qwen3", QWEN3),
@@ -179,6 +195,18 @@ _TYPES: dict[str, tuple[str, tuple[Rule, ...]]] = {
 def architecture_of(model_type: str | None) -> str | None:
     """What GGUF calls the architecture of a `model_type`; None where no rules are known for it."""
     return _TYPES[model_type][0] if model_type in _TYPES else None
+
+
+def differing(adapter: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
+    """The words where a GGUF adapter's config and a base's name two architectures.
+
+    The same tensor names stand for rows in another order there; llama.cpp refuses it too.
+    """
+    said, kind = adapter["gguf"].get("general.architecture"), base.get("model_type")
+    wanted = architecture_of(kind) if isinstance(kind, str) else None
+    if said is None or wanted in (None, said):
+        return None
+    return f"it is for the architecture {shown(said)}, the base is {wanted} ({shown(kind)})"
 
 
 def rules_for(name: str | None) -> tuple[Rule, ...] | None:

@@ -229,6 +229,7 @@ def _explained(
     dotted = [each for each in listed if "." in each]
     plain = [(each, _blurred(each)) for each in listed if "." not in each]
     wide = {n for each, n in (widths or {}).items() if each.endswith(TEXT)}
+    wide &= {known.width for known in ARCHITECTURES}  # a U-Net of another width is no stranger
     having = Counter(name for each in dotted for name in owners(each))
     counts = {
         known.name: len(_meanings(known, plain)) + having[known.name]

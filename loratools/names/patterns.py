@@ -358,15 +358,29 @@ def peft_value(patterns: Mapping[str, T], module: str, default: T) -> tuple[T, s
 
 
 def _matches_end(key: str, module: str) -> bool:
-    if "\n" in module or not all(c == "." or _is_word(c) for c in key):
+    plain = _plain(key)
+    if plain is None or "\n" in module:
         return compile_pattern(rf"(.*\.)?({key})$").match(module)
-    # Plain names are the rule and there may be thousands; their dots stand for any character.
-    cut = len(module) - len(key)
-    return (
-        cut >= 0
-        and (cut == 0 or module[cut - 1] == ".")
-        and all(k in (".", c) for k, c in zip(key, module[cut:], strict=True))
-    )
+    whole, letters = plain
+    cut = len(module) - len(letters)
+    if cut < 0 or (cut and (whole or module[cut - 1] != ".")):
+        return False
+    return all(k in (".", c) or (k == DOT and c == ".")
+               for k, c in zip(letters, module[cut:], strict=True))  # fmt: skip
+
+
+DOT = "\0"  # where a pattern has an escaped dot
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(key: str) -> tuple[bool, str] | None:
+    """Whether a key begins with `^`, and its characters; None where it is more of a pattern.
+
+    Plain names are the rule and there may be thousands; their dots stand for any character.
+    """
+    letters = key.removeprefix("^").replace(r"\.", DOT)
+    usual = DOT not in key and all(c in (".", DOT) or _is_word(c) for c in letters)
+    return (key.startswith("^"), letters) if usual else None
 
 
 def peft_targets(target_modules: str | Sequence[str], module: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import Any, TypeVar
 
@@ -95,7 +95,7 @@ class Rows:
     def compare(self, start: int, tile: Tensor) -> None:
         """Compare rows `start`... with `tile`, of the same dtype, bit by bit."""
         tile = tile.reshape(tile.shape[0], -1)
-        there = leaf_rows(self.leaf)(start, start + len(tile))
+        there = leaf_rows(replace(self.leaf, scale=None))(start, start + len(tile))
         integer = _INTEGERS[tile.dtype.itemsize]
         mine, its = tile.contiguous().view(integer), there.contiguous().view(integer)
         if torch.equal(mine, its):

@@ -10,7 +10,23 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from loratools.adapter import Adapter, Dense, Kind, LowRank, Renormed, Replace, leaves
+from loratools.adapter import (
+    Adapter,
+    Chained,
+    Dense,
+    Experts,
+    Hadamard,
+    Kind,
+    Kronecker,
+    LowRank,
+    Renormed,
+    Replace,
+    Rotated,
+    Scaled,
+    Sparse,
+    Spectral,
+    leaves,
+)  # fmt: skip
 from loratools.algebra import factors
 from loratools.folding import Cut, Desk, fold_target, leaf_rows, torch_dtype
 from loratools.plan import Plan, Target
@@ -82,7 +98,8 @@ def replay_fold(
             before = None if target.base is None else leaf_rows(target.base)
             fold_target(target, before, rows.compare, dtype=dtype, desk=Desk(desk_at), cut=cut)
             difference, near, what = rows.found, rows.near, "folded again it differs"
-            if difference.elements and not judge_exactly(target, leaf, cut).difference.elements:
+            exact = leaf.scale is None and difference.elements
+            if exact and not judge_exactly(target, leaf, cut).difference.elements:
                 difference, near = Difference(), near + difference.elements
         return difference.mismatch(what, piece.name, leaf, file), near
 
@@ -122,6 +139,14 @@ def replay_merge(
             continue
         replayed.checked += 1
         replayed.mismatches += _delta(key, mine, its, file, same_class)
+    due, there = ({} if a.runtime is None else a.runtime.tensors for a in (expected, written))
+    for key in due.keys() | there.keys():
+        if key not in due or key not in there:
+            what = "missing" if key in due else "not in the merge"
+            replayed.mismatches.append(Mismatch(what, key, file))
+            continue
+        replayed.checked += 1
+        replayed.mismatches += _delta(key, Dense(due[key]), Dense(there[key]), file, same_class)
     replayed.mismatches.sort(key=lambda m: m.tensor or "")
     return replayed
 
@@ -148,8 +173,12 @@ def _delta(key: str, mine: Kind, its: Kind, file: str | None, same_class: bool) 
 def _form(delta: Kind) -> tuple[object, ...]:
     """What a delta is, apart from its numbers."""
     match delta:
-        case LowRank() | Dense():
+        case LowRank() | Dense() | Hadamard() | Kronecker() | Sparse() | Experts():
             return (type(delta),)
+        case Spectral(method=method) | Rotated(method=method) | Chained(method=method):
+            return (type(delta), method, *delta.parts)
+        case Scaled(by=by, offset=offset):
+            return (Scaled, by, offset)
         case Renormed(delta=inner, axis=axis):
             return (Renormed, axis, *_form(inner))
         case Replace(rows=rows, then=then):
@@ -160,8 +189,19 @@ def _form(delta: Kind) -> tuple[object, ...]:
 
 def _scalings(delta: Kind) -> list[float]:
     match delta:
-        case LowRank(scaling=scaling) | Dense(scaling=scaling):
-            return [scaling]
+        case (
+            LowRank()
+            | Dense()
+            | Hadamard()
+            | Kronecker()
+            | Sparse()
+            | Spectral()
+            | Experts()
+            | Chained()
+        ):
+            return [delta.scaling]
+        case Scaled() | Rotated():
+            return []
         case Renormed(delta=inner):
             return _scalings(inner)
         case Replace(then=then):

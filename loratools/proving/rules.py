@@ -15,7 +15,24 @@ from typing import Literal, NamedTuple, assert_never
 import torch
 from torch import Tensor
 
-from loratools.adapter import Dense, Kind, LowRank, Renormed, Replace, leaves
+from loratools import kinds
+from loratools.adapter import (
+    Additive,
+    Chained,
+    Dense,
+    Experts,
+    Hadamard,
+    Kind,
+    Kronecker,
+    LowRank,
+    Renormed,
+    Replace,
+    Rotated,
+    Scaled,
+    Sparse,
+    Spectral,
+    leaves,
+)  # fmt: skip
 from loratools.algebra import held, map_leaves, matrix, scaled, widen
 from loratools.folding import torch_dtype
 
@@ -154,11 +171,11 @@ def prepared(terms: Terms, rule: Rule) -> list[Kind]:
 def _weighted(delta: Kind, weight: float) -> Kind:
     """PEFT's weights: a factor of the scaling, inside the norm of a DoRA, none for a new head."""
     match delta:
-        case LowRank() | Dense():
+        case LowRank() | Dense() | Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
             return scaled(delta, weight)
         case Renormed(delta=inner):
             return Renormed(scaled(inner, weight), delta.magnitude, delta.axis)
-        case Replace():
+        case Replace() | Scaled() | Rotated() | Chained():
             return delta
         case _:
             assert_never(delta)
@@ -175,7 +192,7 @@ class _Weight:
     start: int
     now: Span | None  # None: the base has no such rows
     seen: Tensor | None  # what was written, for the last adapter's norms
-    done: list[tuple[LowRank | Dense | Renormed, Span | None]]
+    done: list[tuple[Additive | Renormed, Span | None]]
 
     @property
     def wide(self) -> torch.dtype:
@@ -199,7 +216,7 @@ def replayed(
     now = None if w0 is None else point(w0.to(F64)).to(rule.work)
     weight = _Weight(rule, start, now, None, [])
     if rule.order == "summed":
-        parts = [_change(weight, d, seen) for d in deltas if isinstance(d, LowRank | Dense)]
+        parts = [_change(weight, d, seen) for d in deltas if isinstance(d, Additive)]
         total = parts[0]
         for part in parts[1:]:
             total = total.plus(part)
@@ -220,7 +237,18 @@ def _merge(weight: _Weight, delta: Kind, seen: Tensor) -> None:
             _replace(weight, matrix(widen(value)), rows, len(seen))
             if then is not None:
                 _merge(weight, then, seen)
-        case LowRank() | Dense() | Renormed():
+        case Scaled() | Rotated() | Chained():
+            weight.now = None  # other tools' arithmetic for these is not known
+        case (
+            LowRank()
+            | Dense()
+            | Renormed()
+            | Hadamard()
+            | Kronecker()
+            | Sparse()
+            | Spectral()
+            | Experts()
+        ):
             if weight.now is None:
                 return
             under = weight.now
@@ -247,9 +275,7 @@ def _replace(weight: _Weight, value: Tensor, rows: tuple[int, ...] | None, count
         weight.now = Span(low, high, exact)
 
 
-def _onto(
-    weight: _Weight, delta: LowRank | Dense | Renormed, under: Span, seen: Tensor
-) -> Span | None:
+def _onto(weight: _Weight, delta: Additive | Renormed, under: Span, seen: Tensor) -> Span | None:
     """Merge one delta into the weight; for a DoRA the factor of each row, found on `under`."""
     assert weight.now is not None
     rule = weight.rule
@@ -269,7 +295,7 @@ def _onto(
     return factor
 
 
-def _change(weight: _Weight, delta: LowRank | Dense, seen: Tensor) -> Span:
+def _change(weight: _Weight, delta: Additive, seen: Tensor) -> Span:
     """What is added to the weight's rows: s·B·A in the rule's arithmetic."""
     rule, rows = weight.rule, slice(weight.start, weight.start + len(seen))
     unit = 2.0**-53 if weight.wide == F64 else 2.0**-24
@@ -284,6 +310,10 @@ def _change(weight: _Weight, delta: LowRank | Dense, seen: Tensor) -> Span:
         case Dense(diff=diff, scaling=scaling):
             exact = matrix(widen(diff))[rows]
             noise = exact.abs() * (3 * unit)
+        case Hadamard() | Kronecker() | Sparse() | Spectral() | Experts():
+            scaling = 1.0  # taken in already
+            exact = kinds.rows(delta, rows.start, min(rows.stop, delta.shape[0]))
+            noise = exact.abs().amax() * torch.ones_like(exact) * (64 * unit)
         case _:
             assert_never(delta)
     span = Span(exact - noise, exact + noise, exact)

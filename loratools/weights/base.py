@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,11 @@ from loratools.containers import safetensors, torch_zip
 from loratools.containers.bundle import Bundle, local
 from loratools.containers.strict_json import loads, require
 from loratools.errors import Problem, error, shown
+from loratools.weights import pipeline
+from loratools.weights.pipeline import WEIGHTS
+from loratools.weights.scaled import with_scales
 
-# In the order in which transformers looks for them.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+TORCH_FILES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX_LIMIT = 50_000_000
 
 # Architectures whose linear layers are transformers' Conv1D, stored (in, out), and those layers.
@@ -37,6 +34,16 @@ FIELDS = {
     "id2label": "an object",
 }
 
+# How names of an image model's single file begin, which has no embedding and head in one tensor.
+IMAGE_FRONTS = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "cond_stage_model.",
+    "conditioner.embedders.",
+    "first_stage_model.",
+    "text_encoders.",
+)
+
 # Last names of input embeddings and of heads that may share their tensor.
 EMBEDDINGS = (
     "embed_tokens wte word_embeddings shared embed_in tok_embeddings token_embedding tokens_embed"
@@ -49,17 +56,26 @@ HEADS = (
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of weights: its name, its tensors in file order, its own metadata."""
+    """One file of weights: its name, its tensors in file order, its own metadata.
+
+    In a pipeline the name is a path (`unet/model.safetensors`), and the tensors' names begin with
+    `prefix`, which the file does not hold.
+    """
 
     name: str
     leaves: Mapping[str, Leaf]
     metadata: Mapping[str, str]
     digest: str  # of its header
+    prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A base model as its headers and config.json describe it; no weight has been read."""
+    """A base model as its headers and config.json describe it; no weight has been read.
+
+    Of a pipeline, `components` has the config.json of each component that holds weights, and
+    `config` is empty.
+    """
 
     bundle: Bundle
     shards: tuple[Shard, ...]
@@ -67,6 +83,8 @@ class Base:
     config: Mapping[str, Any]
     index: str | None = None  # the index file's name, where the base is sharded
     problems: tuple[Problem, ...] = ()
+    components: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    indexes: Mapping[str, str] = field(default_factory=dict)  # of a pipeline, by component
 
     @property
     def name(self) -> str:
@@ -98,8 +116,16 @@ class Base:
             return str(said.get("quant_method", "an unnamed method"))
         return None
 
+    @property
+    def is_image(self) -> bool:
+        """Whether this is seen to be an image model: a pipeline, a part of one, a single file."""
+        said = bool(self.components) or "_class_name" in self.config
+        return said or any(name.startswith(IMAGE_FRONTS) for name in self.tensors)
+
     def tied(self) -> tuple[str, str] | None:
         """(head, embedding) weight names where both are one tensor."""
+        if self.is_image:
+            return None
         embedding = embedding_name(self.tensors)
         if embedding is None:
             return None
@@ -155,27 +181,66 @@ def is_hub_id(text: object) -> bool:
 
 
 def headers(source: str | Path | Bundle) -> Base:
-    """A base from headers alone: a Hugging Face folder, one safetensors file, torch shards.
+    """A base from headers alone: a Hugging Face folder, a diffusers pipeline or one component of
+    it, one safetensors file, torch shards.
 
     Raises NotFoundError, MalformedError (an index with paths, a shard cut short, a name twice);
     what the index promises and no shard holds is among `problems`.
     """
     bundle = source if isinstance(source, Bundle) else local(source)
+    return _pipeline(bundle) if pipeline.is_pipeline(bundle) else _folder(bundle)
+
+
+def _pipeline(bundle: Bundle) -> Base:
+    """All components with weights, each read as a folder of its own, under one roof."""
+    bundle = replace(bundle, chosen=None)
+    shards: list[Shard] = []
+    configs: dict[str, Mapping[str, Any]] = {}
+    indexes: dict[str, str] = {}
+    problems: list[Problem] = pipeline.absent(bundle)
+    for component, inner in pipeline.components(bundle):
+        if not any(n.endswith((".safetensors", *TORCH_FILES)) for n in inner.names):
+            continue  # a scheduler, a tokenizer
+        one = _folder(inner)
+        problems += (replace(p, message=f"{component}: {p.message}") for p in one.problems)
+        configs[component] = one.config
+        if one.index is not None:
+            indexes[component] = one.index
+        for shard in one.shards:
+            front = f"{component}."
+            leaves = {front + n: replace(x, name=front + n) for n, x in shard.leaves.items()}
+            name = f"{component}/{shard.name}"
+            shards.append(replace(shard, name=name, leaves=leaves, prefix=front))
+    if not shards:
+        raise error("not_found", f"{shown(bundle.name)}: no component of this pipeline has weights")
+    tensors = {name: leaf for shard in shards for name, leaf in shard.leaves.items()}
+    return Base(bundle, tuple(shards), tensors, {}, None, tuple(problems), configs, indexes)
+
+
+def _folder(bundle: Bundle) -> Base:
     config: Mapping[str, Any] = {}
     if "config.json" in bundle:
         what = f"{bundle.name}/config.json"
         config = require(loads(bundle.read("config.json", 1_000_000), what), FIELDS, what)
-    found = bundle.chosen or next((n for n in WEIGHTS if n in bundle), None)
-    if found is not None and found.endswith(".index.json"):
+    found, aside = bundle.chosen, list[str]()
+    if found is None:
+        found, aside = pipeline.weights_in(bundle.names, bundle.name)
+    if found is not None and pipeline.is_index(found):
         mapping, size = _weight_map(bundle, found)
-        return _assembled(bundle, sorted(set(mapping.values())), config, found, mapping, size)
-    if found is not None:
-        return _assembled(bundle, [found], config)
-    files = [n for n in bundle.names if n.endswith(".safetensors")]
-    if len(files) == 1:
-        return _assembled(bundle, files, config)
-    there = f"{len(files)} safetensors files and no index" if files else "no weights"
-    raise error("not_found", f"{shown(bundle.name)}: {there}; expected {', '.join(WEIGHTS[::2])}")
+        base = _assembled(bundle, sorted(set(mapping.values())), config, found, mapping, size)
+    elif found is not None:
+        base = _assembled(bundle, [found], config)
+    else:
+        files = [n for n in bundle.names if n.endswith(".safetensors")]
+        if len(files) != 1:
+            there = f"{len(files)} safetensors files and no index" if files else "no weights"
+            wanted = ", ".join(n for n in WEIGHTS if not n.endswith(".json"))
+            raise error("not_found", f"{shown(bundle.name)}: {there}; expected {wanted}")
+        base = _assembled(bundle, files, config)
+    if not aside:
+        return base
+    message = f"{shown(found)} is read; the variants {', '.join(aside)} beside it are left out"
+    return replace(base, problems=(*base.problems, Problem("base_incomplete", message, "note")))
 
 
 def _weight_map(bundle: Bundle, index: str) -> tuple[dict[str, str], object]:
@@ -210,6 +275,7 @@ def _assembled(
     total: object = None,
 ) -> Base:
     shards = [_shard(bundle, name) for name in names]
+    shards = [replace(shard, leaves=with_scales(shard.leaves, shard.metadata)) for shard in shards]
     tensors: dict[str, Leaf] = {}
     for shard in shards:
         for name, leaf in shard.leaves.items():
@@ -247,7 +313,7 @@ def _shard(bundle: Bundle, name: str) -> Shard:
     if name.endswith(".safetensors"):
         header = safetensors.read_header(source)
         return Shard(name, header.leaves, header.metadata, header.digest)
-    if name.endswith((".bin", ".pt", ".pth")):
+    if name.endswith(TORCH_FILES):
         file = torch_zip.state_dict(source)
         return Shard(name, dict(file.tensors), {}, "")
     raise error("not_weights", f"{shown(source.name)} is neither safetensors nor a torch file")

@@ -7,11 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from loratools.adapter import DTYPE_BITS, FLOATS, Leaf
 from loratools.containers import safetensors
 from loratools.errors import error, shown
-from loratools.weights.base import Base
+from loratools.weights.base import Base, Shard
+from loratools.weights.scaled import described, unread, unscaled
+
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One file to write: its header and its tensors in file order."""
+    """One file to write: its header and its tensors in file order.
+
+    The file holds the pieces' names without `prefix`, which is that of a pipeline's component.
+    """
 
     name: str
     header: bytes
     size: int
     pieces: tuple[Piece, ...]
+    prefix: str = ""
 
 
 def plan_shards(
@@ -53,18 +61,27 @@ def plan_shards(
 ) -> tuple[OutputShard, ...]:
     """The output's files in the base's own layout: same shards, same order, same metadata.
 
+    The header stays as it is, byte by byte, where nothing in it changes.
     `shapes` are the output shapes of weights that change; `new` are weights the base does not
     store (with the leaf they start from, if any), which go to the end of the last shard. `dtype`
-    is given to every floating tensor; None keeps each tensor's own, and new ones take the base's
-    commonest, but for `dtypes` (counts and masks of a head). Raises `duplicate`.
+    is given to every floating tensor, and scales of fp8 weights go; None keeps each tensor's own,
+    and new ones take the base's commonest, but for `dtypes` (counts and masks of a head). Raises
+    `duplicate`.
     """
     added = dict(new or {})
     common = common_dtype(base)
     shards = []
     for number, shard in enumerate(base.shards):
-        rows: list[tuple[str, str, tuple[int, ...]]] = []
+        rows: list[safetensors.Described] = []
         origin: dict[str, Leaf | None] = {}
+        gone = unscaled(shard.leaves) if dtype else set[str]()
+        odd = unread(shard.leaves) if dtype else None
+        if odd is not None:
+            message = f"{shown(odd)}: numbers and their scale, of which {dtype} cannot be made"
+            raise error("quantised_base", f"{message}; without --dtype they stay as they are")
         for name, leaf in shard.leaves.items():
+            if name in gone:
+                continue
             kept = dtype if dtype and leaf.dtype in FLOATS else leaf.dtype
             rows.append((rename(name), kept, shapes.get(name, leaf.shape)))
             origin[rename(name)] = leaf
@@ -73,17 +90,49 @@ def plan_shards(
             kept = dtype or (leaf_or_none.dtype if leaf_or_none else common)
             rows.append((name, (dtypes or {}).get(name, kept), shapes[name]))
             origin[name] = leaf_or_none
-        if dtype or here or not all(r[2] == o.shape for r in rows if (o := origin[r[0]])):
-            rows = safetensors.aligned(rows)
-        metadata = {"format": "pt", **shard.metadata}
-        header, offsets = safetensors.plan_layout(rows, metadata)
-        pieces = tuple(Piece(n, d, s, offsets[n], origin[n]) for n, d, s in rows)
+        header = _header(base, shard) if _same(rows, origin) else None
+        if header is not None:
+            offsets = {name: leaf.offset for name, leaf in shard.leaves.items()}
+        else:
+            if dtype or here or not all(r[2] == o.shape for r in rows if (o := origin[r[0]])):
+                rows = safetensors.aligned(rows)
+            stored = [(name.removeprefix(shard.prefix), d, r) for name, d, r in rows]
+            metadata = _metadata(base, shard)
+            if dtype:
+                metadata = described(metadata, shard.leaves)
+            header, offsets = safetensors.plan_layout(stored, metadata)
+            offsets = {shard.prefix + name: at for name, at in offsets.items()}
+        pieces = tuple(Piece(n, d, r, offsets[n], origin[n]) for n, d, r in rows)
         size = max((p.offset + p.nbytes for p in pieces), default=len(header))
-        shards.append(OutputShard(output_name(shard.name), header, size, pieces))
+        shards.append(OutputShard(output_name(shard.name), header, size, pieces, shard.prefix))
     for name, count in Counter(s.name for s in shards).items():
         if count > 1:
             raise error("duplicate", f"{count} shards of the base would become {shown(name)}")
     return tuple(shards)
+
+
+def _metadata(base: Base, shard: Shard) -> dict[str, str]:
+    """A shard's own metadata; transformers reads no file that does not say its format."""
+    return dict(shard.metadata) if base.is_image else {"format": "pt", **shard.metadata}
+
+
+def _same(rows: Iterable[safetensors.Described], origin: Mapping[str, Leaf | None]) -> bool:
+    """Whether all tensors stay what they are, under their own names."""
+    return all(
+        (leaf := origin[name]) is not None
+        and (leaf.name, leaf.dtype, leaf.shape) == (name, dtype, shape)
+        for name, dtype, shape in rows
+    )
+
+
+def _header(base: Base, shard: Shard) -> bytes | None:
+    """The bytes before a shard's data as they stand, if they can stand so in the output."""
+    first = min(shard.leaves.values(), key=lambda leaf: leaf.offset, default=None)
+    if first is None or first.source is None or not shard.digest:
+        return None
+    if _metadata(base, shard) != shard.metadata:
+        return None
+    return first.source.read(0, first.offset)
 
 
 def common_dtype(base: Base) -> str:
@@ -99,13 +148,33 @@ def output_name(name: str) -> str:
     """The file name of an output shard: torch shards become safetensors of the same number."""
     if name.endswith(".safetensors"):
         return name
-    stem = re.sub(r"\.(bin|pt|pth)$", "", name)
-    return stem.replace("pytorch_model", "model") + ".safetensors"
+    stem = re.sub(r"\.(bin|pt|pth|ckpt)$", "", name)
+    front, slash, last = stem.rpartition("/")
+    if last.startswith("pytorch_model"):
+        last = last.removeprefix("pytorch_")
+    return f"{front}{slash}{last}.safetensors"
+
+
+def index_files(base: Base, shards: Iterable[OutputShard]) -> dict[str, bytes]:
+    """The index of every folder whose weights need one, by its path in the output."""
+    folders: dict[str, list[OutputShard]] = {}
+    for shard in shards:
+        folders.setdefault(str(PurePosixPath(shard.name).parent), []).append(shard)
+    found = {}
+    for folder, here in folders.items():
+        own = base.indexes.get(folder)
+        name = re.sub(r"^pytorch_(?=model\.bin)", "", own) if own else INDEX
+        name = name.replace(".bin.", ".safetensors.")
+        if own or len(here) > 1:
+            found[name if folder == "." else f"{folder}/{name}"] = index_json(here)
+    return found
 
 
 def index_json(shards: Iterable[OutputShard]) -> bytes:
-    """model.safetensors.index.json for the output's shards."""
-    where = {p.name: s.name for s in shards for p in s.pieces}
+    """model.safetensors.index.json for the shards of one folder."""
+    where = {
+        p.name.removeprefix(s.prefix): PurePosixPath(s.name).name for s in shards for p in s.pieces
+    }
     total = sum(p.nbytes for s in shards for p in s.pieces)
     table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     return (json.dumps(table, indent=2) + "\n").encode()

@@ -203,6 +203,37 @@ def memory() -> list[Row]:
     ]
 
 
+def image() -> list[Row]:
+    """A fold of a kohya LoRA into a single file of SDXL's shapes, 6.5 GB, against cp + sync."""
+    base = models.sdxl(WORK / "sdxl" / "sdxl.safetensors")
+    adapter = models.sdxl_lora(WORK / "sdxl-lora.safetensors")
+    out = WORK / "folded.safetensors"
+    warm(base.parent)
+    peaks = []
+
+    def ours() -> float:
+        for path in (out, out.with_name(f"{out.name}.loratools.json")):
+            path.unlink(missing_ok=True)
+        os.sync()
+        result = child(FOLD, adapter, base, out)
+        peaks.append(result["peak_mib"])
+        out.unlink()
+        return result["seconds"]
+
+    mine, theirs, ratio = in_turn(ours, lambda: copy_and_sync(base.parent, WORK / "copied"), 5)
+    peak = max(peaks)
+    return [
+        Row(
+            "image",
+            f"{mine:.1f} s, {peak:.0f} MiB",
+            f"cp + sync of the same file: {theirs:.1f} s (medians of 5)",
+            f"{1 / ratio:.2f} x",
+            "<= 1.3 x, <= 350 MiB",
+            1 / ratio <= 1.3 and peak <= 350,
+        )
+    ]
+
+
 def check() -> list[Row]:
     """check of 224 modules against 30 shards and 723 tensors, after imports."""
     base, adapter = models.many_shards(WORK / "shards-30"), _adapter(32)
@@ -224,17 +255,36 @@ def check() -> list[Row]:
     ]  # fmt: skip
 
 
+LOADED = (
+    "import sys\nsys.argv = ['loratools', *sys.argv[1:]]\nfrom loratools.cli import main\n"
+    "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+    "RESULT = {'torch': 'torch' in sys.modules, 'numpy': 'numpy' in sys.modules}"
+)
+
+
+def inspect() -> list[Row]:
+    """`loratools inspect`, whole process: a LoRA of 3,000 tensors, a folder of 300 LoRAs."""
+    rows = []
+    for kohya, names in ((True, "kohya"), (False, "diffusers")):
+        file = models.flux_lora(WORK / f"flux-{names}.safetensors", 3000, kohya=kohya)
+        runs = [child(LOADED, "inspect", file) for _ in range(7)]
+        wall = sorted(r["wall"] for r in runs)[3]
+        clean = not (runs[0]["torch"] or runs[0]["numpy"])
+        text = f"a Flux LoRA of 3,000 tensors, names of {names}, no torch, no numpy"
+        fast = wall <= 0.5 and clean
+        rows.append(Row("inspect", f"{wall:.2f} s", text, "-", "<= 0.5 s", fast))
+    folder = models.many_loras(WORK / "loras")
+    wall = min(child(LOADED, "inspect", folder)["wall"] for _ in range(3))
+    text = "a folder of 300 LoRAs of 800 tensors"
+    return [*rows, Row("inspect", f"{wall:.1f} s", text, "-", "<= 10 s", wall <= 10)]
+
+
 def startup() -> list[Row]:
     """`loratools --help` and `inspect`, whole process."""
     adapter = _adapter(2)
     rows = []
     for text, arguments in (("--help", ["--help"]), ("inspect", ["inspect", str(adapter)])):
-        code = (
-            "import sys\nsys.argv = ['loratools', *sys.argv[1:]]\nfrom loratools.cli import main\n"
-            "try:\n    main()\nexcept SystemExit:\n    pass\n"
-            "RESULT = {'torch': 'torch' in sys.modules, 'numpy': 'numpy' in sys.modules}"
-        )
-        runs = [child(code, *arguments) for _ in range(7)]
+        runs = [child(LOADED, *arguments) for _ in range(7)]
         wall = sorted(r["wall"] for r in runs)[3]
         clean = not (runs[0]["torch"] or runs[0]["numpy"])
         rows.append(
@@ -244,4 +294,6 @@ def startup() -> list[Row]:
     return rows
 
 
-FIGURES = {f.__name__: f for f in (svd, command, fold, process, memory, check, startup)}
+FIGURES = {
+    f.__name__: f for f in (svd, command, fold, process, memory, image, check, inspect, startup)
+}

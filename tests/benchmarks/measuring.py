@@ -55,6 +55,9 @@ def best(work: Callable[[], object], repeats: int) -> float:
 def child(code: str, *arguments: object) -> dict[str, float]:
     """Run Python code in a process of its own; what it prints as JSON last, its time and peak."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    # Bytecode is there, as an installed package has it, whatever the machine's setting.
+    environment["PYTHONPYCACHEPREFIX"] = str(WORK / "bytecode")
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     start = time.perf_counter()
     script = code + (
         "\nimport json, re\nfrom pathlib import Path\n"

@@ -27,7 +27,7 @@ def test_json(here, run):
     [
         ({"r": 8}, "config_conflict", 4),
         ({"use_dora": True}, "missing", 4),
-        ({"init_lora_weights": "pissa"}, "residual_base", 5),
+        ({"init_lora_weights": "loftq"}, "residual_base", 5),
     ],
 )
 def test_problems_decide_on_the_exit_status(here, run, config, code, status):
@@ -42,14 +42,14 @@ def test_problems_decide_on_the_exit_status(here, run, config, code, status):
 
 
 def test_the_lowest_class_counts(here, run):
-    write_adapter(here / "odd", r=8, init_lora_weights="pissa")
+    write_adapter(here / "odd", r=8, init_lora_weights="loftq")
     ended = run("check", "odd", "--base", "base")
     assert ended.status == 4
     assert "error[residual_base]" in ended.out
 
 
 def test_waivers_and_their_reverse(here, run):
-    write_adapter(here / "odd", init_lora_weights="pissa", lora_alpha=4000)
+    write_adapter(here / "odd", init_lora_weights="loftq", lora_alpha=4000)
     waived = run("check", "odd", "-b", "base", "--allow", "residual_base")
     assert waived.status == 0
     assert "warning[residual_base]" in waived.out
@@ -61,7 +61,7 @@ def test_waivers_and_their_reverse(here, run):
 
 def test_quiet_prints_errors_only(here, run):
     assert run("check", "a", "-b", "base", "-q").out == ""
-    write_adapter(here / "odd", init_lora_weights="pissa", lora_alpha=4000)
+    write_adapter(here / "odd", init_lora_weights="loftq", lora_alpha=4000)
     said = run("check", "odd", "-b", "base", "-q").out
     assert said.startswith("error[residual_base]")
     assert "warning" not in said

@@ -183,7 +183,7 @@ def test_every_key_that_was_shipped_is_there(here, run):
     keys = (
         "source format looks_like kinds ranks scalings targets modules parameters bytes dtypes "
         "base task foldable problems error architecture title trigger_words tags hashes "
-        "duplicate_of schema"
+        "duplicate_of schema runtime"
     )
     assert set(run("inspect", "a", "--json").json) == set(keys.split())
     assert set(run("inspect", "base", "--json").json) == set(keys.split())

@@ -73,6 +73,8 @@ def test_quiet_says_nothing_and_does_the_work(here, run):
         (["-0.7", "0.3"], [-0.7, 0.3]),
         (["-1e-3, 2"], [-0.001, 2.0]),
         (["mean"], "mean"),
+        (["a=0.8;b=0.4"], ["a=0.8;b=0.4"]),
+        (["lbw=1,0,1", "2,3"], ["lbw=1,0,1", 2.0, 3.0]),
     ],
 )
 def test_weights_as_typed(given, weights):
@@ -83,6 +85,26 @@ def test_weights_as_typed(given, weights):
 def test_weights_that_are_none(given):
     with pytest.raises(UsageError, match=r"expected numbers such as 0\.7,0\.3, or mean"):
         parsed(given)
+
+
+def test_weights_of_parts_reach_a_fold_its_summary_and_its_receipt(here, run):
+    spec = "*q_proj*=0.5;*=-2"
+    table = run("merge", "a", "-w", spec, "-b", "base", "-o", "out", "--json").json
+    assert table["weights"] == [spec]
+    receipt = json.loads((here / "out" / "loratools.json").read_text())
+    assert receipt["recipe"]["adapters"][0]["weight"] == spec
+    assert run("verify", "out", "--require", "replay").status == 0
+    lines = run("merge", "a", "b", "-w", spec, "-w", "3", "-o", "both").out.splitlines()
+    assert f"  linear, weights {spec}, 3" in lines
+
+
+def test_a_part_that_names_nothing_is_a_mistake(here, run):
+    ended = run("merge", "a", "-w", "unet=1;*=2", "-b", "base", "-o", "out")
+    assert (ended.status, ended.out) == (2, "")
+    assert "unet names no target" in ended.err
+    ended = run("merge", "a", "-w", "*q_proj*=1", "-b", "base", "-o", "out")
+    assert (ended.status, ended.out) == (2, "")
+    assert "no part names" in ended.err
 
 
 def test_weights_reach_the_merge(here, run):
@@ -102,7 +124,7 @@ def test_a_receipt_is_a_recipe(here, run):
 
 def test_all_problems_are_listed_and_nothing_is_written(here, run):
     config = json.loads((here / "a" / "adapter_config.json").read_text())
-    config.update(r=9, init_lora_weights="olora")
+    config.update(r=9, init_lora_weights="loftq")
     (here / "a" / "adapter_config.json").write_text(json.dumps(config))
     ended = run("merge", "a", "-b", "base", "-o", "out", "--json")
     assert ended.status == 4

@@ -371,7 +371,6 @@ def test_a_hostile_old_file_is_refused(name):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b"", "begins with b''"),
         (b"version https://git-lfs.github.com/spec/v1", "git-lfs"),
         (b"<!DOCTYPE html>", "a web page"),
         (b"\x1f\x8b\x08", "gzip"),
@@ -381,6 +380,10 @@ def test_a_hostile_old_file_is_refused(name):
 )
 def test_another_file_is_named(raw, message):
     refused(raw, "not_weights", message)
+
+
+def test_an_empty_file_is_one_cut_short():
+    refused(b"", "truncated", "is empty")
 
 
 # --------------------------------------------------------------- without torch, in little memory

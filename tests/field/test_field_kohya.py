@@ -1,7 +1,6 @@
 """Key lists of real kohya files read as they are, and no other published file taken for one."""
 
 import json
-import struct
 
 import pytest
 
@@ -9,6 +8,7 @@ from loratools.containers.bundle import local
 from loratools.errors import LoratoolsError
 from loratools.formats import kohya
 from loratools.formats.kohya_metadata import generation
+from tests.sparse_files import sparse
 
 LISTS = {
     # How many modules, the generation that their names show, the rank.
@@ -17,31 +17,11 @@ LISTS = {
 }
 
 
-def sparse(path, shapes, alpha):
-    """A file of these tensors, all zero but the alphas, that takes no room on the disk."""
-    header, at = {}, 0
-    for key, shape in shapes.items():
-        size = 4
-        for extent in shape:
-            size *= extent
-        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    with path.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for key, entry in header.items():
-            if key.endswith(".alpha"):
-                out.seek(8 + len(text) + entry["data_offsets"][0])
-                out.write(struct.pack("<f", alpha))
-        out.truncate(8 + len(text) + at)
-    return local(path)
-
-
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_with_shapes(name, field_data, tmp_path):
     shapes = json.loads((field_data / "keymaps" / f"{name}.json").read_text())
     count, shown, rank = LISTS[name]
-    bundle = sparse(tmp_path / "x.safetensors", shapes, rank / 2)
+    bundle = local(sparse(tmp_path / "x.safetensors", shapes, rank / 2))
     assert kohya.detect(bundle)
     adapter = kohya.read(bundle, assume={})
     assert not adapter.problems
@@ -61,7 +41,7 @@ def test_a_list_without_shapes(field_data, tmp_path):
     shapes = {key: [] for key in alphas}
     for name in names:
         shapes |= {f"{name}.lora_down.weight": [2, 4], f"{name}.lora_up.weight": [4, 2]}
-    adapter = kohya.read(sparse(tmp_path / "x.safetensors", shapes, 1.0), assume={})
+    adapter = kohya.read(local(sparse(tmp_path / "x.safetensors", shapes)), assume={})
     assert not adapter.problems
     assert sorted(adapter.deltas) == sorted(f"{name}.weight" for name in names)
 
@@ -73,7 +53,7 @@ def test_other_lists_are_not_kohya_s(field_data, tmp_path):
         if file.stem in LISTS or not isinstance(listed, dict):
             continue
         keys = [k for k in listed if isinstance(k, str) and k]
-        bundle = sparse(tmp_path / "x.safetensors", {k: [1] for k in keys}, 1.0)
+        bundle = local(sparse(tmp_path / "x.safetensors", {k: [1] for k in keys}))
         assert not kohya.detect(bundle), file.name
         looked += 1
     assert looked >= 15

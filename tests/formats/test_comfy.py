@@ -145,7 +145,8 @@ def test_equal_copies_are_a_note_and_others_are_refused(tmp_path):
 
 
 ERRORS = {
-    "lokr": ({f"{D}.lokr_w1": (2, 2), f"{D}.lokr_w2": (2, 2), f"{D}.alpha": ()}, "unknown_type"),
+    "lokr": ({f"{D}.lokr_w1": (2, 2), f"{D}.lokr_t1": (2, 2), f"{D}.alpha": ()}, "unknown_type"),
+    "half a lokr": ({f"{D}.lokr_w1": (2, 2), f"{D}.alpha": ()}, "missing"),
     "both": (PAIR | {f"{D}.diff": (4, 6)}, "unexplained"),
     "stray": (PAIR | {"somewhere.else": (2,)}, "unexplained"),
     "kohya": (PAIR | {"lora_unet_other.lora_up.weight": (2, 2)}, "unexplained"),

@@ -89,7 +89,10 @@ ROWS = {
     "a norm": (
         PAIR | {"blk.0.attn_norm.weight": (6,)}, SAID, "unexplained", "note", "ignores norms"
     ),
-    "experts": (PAIR | EXPERTS, SAID, "unknown_type", "error", "stack of 3 experts"),
+    "experts": (
+        PAIR | EXPERTS | {"blk.0.ffn_up_exps.weight.lora_b": (4, 4, 2)}, SAID, "shape_factors",
+        "error", "experts, rank, in",
+    ),
     "no alpha": (PAIR, lacking("adapter.lora.alpha"), "alpha_missing", "error", "no adapter.lora"),
     "alpha 0": (
         PAIR, said("adapter.lora.alpha", F32, b"\0" * 4), "scaling_unusual", "note", "scaling 1"

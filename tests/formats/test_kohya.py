@@ -13,7 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from loratools import algebra
-from loratools.adapter import Adapter, Dense, Leaf, LowRank, Renormed, Replace
+from loratools.adapter import (
+    Adapter,
+    Dense,
+    Kronecker,
+    Leaf,
+    LowRank,
+    Renormed,
+    Replace,
+    Rotated,
+    Scaled,
+)
 from loratools.containers import hashes
 from loratools.containers.bundle import local
 from loratools.errors import LoratoolsError
@@ -178,11 +188,219 @@ def test_safetensors_by_other_names(name, tmp_path):
     assert read(local(tmp_path)).files == (name,)
 
 
+X = Q.replace("lora_unet_", "oft_unet_")
+
+
 def test_blocks_of_the_trainer_s_own_rotations(tmp_path):
-    tensors = {f"{Q}.oft_blocks.{i}": (2, 3, 3) for i in range(3)} | {f"{Q}.alpha": ()}
-    (problem,) = read(file(tmp_path / "x.safetensors", tensors)).problems
-    assert problem.code == "unknown_type"
-    assert problem.message.startswith("OFT in 1 modules")
+    """Under their own prefix; of a fused weight in parts (sd-scripts:networks/oft_flux.py)."""
+    tensors = {f"{X}.oft_blocks.{i}": (2, 3, 3) for i in range(3)} | {f"{X}.alpha": number(0.25)}
+    tensors |= {f"{X.replace('_q', '_v')}.oft_blocks": (2, 3, 3),
+                f"{X.replace('_q', '_v')}.alpha": number(0.0)}  # fmt: skip
+    adapter = read(file(tmp_path / "x.safetensors", tensors))
+    assert adapter.format == "kohya"
+    assert found(adapter) == [("no_effect", "warning")]
+    assert list(adapter.deltas) == [f"{Q}.weight", f"{Q.replace('_q', '_v')}.weight"]
+    for delta in adapter.deltas.values():
+        assert isinstance(delta, Rotated)
+        assert (delta.method, delta.side) == ("oft of kohya", "out")
+    kohya.write(adapter, tmp_path / "y.safetensors")
+    theirs, ours = (load_file(tmp_path / f"{n}.safetensors") for n in "xy")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with safe_open(tmp_path / "y.safetensors", "pt") as opened:
+        assert opened.metadata()["ss_network_module"] == "networks.oft"
+
+
+def test_kohya_s_rotations_need_their_alpha(tmp_path):
+    bundle = file(tmp_path / "x.safetensors", {f"{X}.oft_blocks": (2, 3, 3)})
+    assert found(read(bundle)) == [("alpha_missing", "error")]
+    (delta,) = read(bundle, alpha="0.5").deltas.values()
+    assert delta.settings == {"alpha": 0.5}
+
+
+NEW = {"a1.weight": (6, 2), "a2.weight": (2, 6), "b1.weight": (4, 2), "b2.weight": (2, 6)}
+OLD = {"a1.weight": (2, 6), "a2.weight": (6, 2), "b1.weight": (2, 6), "b2.weight": (4, 2)}
+SQUARE = dict.fromkeys(NEW, (3, 3))
+# Where both orders multiply, the rank is the smaller number: 6 x 6 by rank 2, or 2 x 2 by rank 6.
+EITHER = {"a1.weight": (6, 2), "a2.weight": (2, 6), "b1.weight": (6, 2), "b2.weight": (2, 6)}
+
+
+def module(name, leaves):
+    return {f"{name}.{part}": shape for part, shape in leaves.items()}
+
+
+@pytest.mark.parametrize(
+    ("leaves", "age"), [(NEW, "new"), (OLD, "old"), (EITHER, "new"), (dict(OLD, **{
+        "b2.weight": (6, 2)}), "old")]
+)  # fmt: skip
+def test_the_age_of_glora_is_its_shapes(leaves, age, tmp_path):
+    tensors = module(Q, leaves) | {f"{Q}.alpha": number(3.0)}
+    adapter = read(file(tmp_path / "x.safetensors", tensors))
+    assert not adapter.problems
+    (delta,) = adapter.deltas.values()
+    assert (delta.settings["age"], delta.scaling) == (age, 1.5)
+
+
+def test_glora_of_square_factors_goes_by_the_others_or_is_asked_for(tmp_path):
+    alone = file(tmp_path / "x.safetensors", module(K, SQUARE))
+    assert found(read(alone)) == [("unknown_type", "error")]
+    assert read(alone, glora="old").deltas[f"{K}.weight"].settings["age"] == "old"
+    with pytest.raises(LoratoolsError, match="expected old or new"):
+        read(alone, glora="middle")
+    for other, age in ((NEW, "new"), (OLD, "old")):
+        both = read(file(tmp_path / "x.safetensors", module(K, SQUARE) | module(Q, other)))
+        assert both.deltas[f"{K}.weight"].settings["age"] == age
+
+
+LOHA = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 6), "hada_w2_a": (4, 2), "hada_w2_b": (2, 6)}
+LOKR = {"lokr_w1": (2, 2), "lokr_w2_a": (2, 1), "lokr_w2_b": (1, 3)}
+IA3 = {"weight": (4,), "on_input": ("I64", (), struct.pack("<q", 0))}
+TLORA = {"q_layer.weight": (2, 6), "p_layer.weight": (4, 2), "lambda_layer": (1, 2)}
+
+
+def without(leaves, name):
+    return {k: v for k, v in leaves.items() if k != name}
+
+
+# What is wrong with a module of another method, the code, and what the message names.
+METHOD_ROWS = {
+    "half of a LoHa": (without(LOHA, "hada_w2_b"), "missing", "hada_w2_b"),
+    "one core": (LOHA | {"hada_t1": (2, 2, 3, 3)}, "missing", "hada_t2"),
+    "LoHa of two shapes": (LOHA | {"hada_w2_b": (2, 5)}, "shape_factors", "hada_w2_b"),
+    "LoHa of two ranks": (
+        LOHA | {"hada_w1_b": (3, 6), "hada_w2_b": (3, 6)}, "shape_factors", "hada_w1_b"
+    ),
+    "LoHa with cores of another rank": (
+        LOHA | {"hada_t1": (3, 3, 2, 2), "hada_t2": (3, 3, 2, 2)}, "shape_factors", "hada_t1"
+    ),
+    "LoKr without its first": (without(LOKR, "lokr_w1"), "missing", "lokr_w1"),
+    "LoKr with half a factor": (without(LOKR, "lokr_w2_b"), "missing", "lokr_w2_b"),
+    "LoKr twice": (LOKR | {"lokr_w2": (2, 3)}, "unexplained", "whole and in factors"),
+    "LoKr of factors that do not multiply": (
+        LOKR | {"lokr_w2_b": (2, 3)}, "shape_factors", "lokr_w2_b"
+    ),
+    "LoKr of two ranks": (
+        {"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 2), "lokr_w2_a": (2, 1), "lokr_w2_b": (1, 3),
+         "alpha": ()}, "shape_factors", "alpha"
+    ),
+    "LoKr with the core that none uses": (LOKR | {"lokr_t1": (2, 2)}, "unknown_type", "lokr_t1"),
+    "GLoRA of no order": (NEW | {"b2.weight": (3, 6)}, "shape_factors", "a1"),
+    "GLoRA without b2": (without(NEW, "b2.weight"), "missing", "b2"),
+    "DoRA over GLoRA": (NEW | {"dora_scale": (4, 1)}, "not_foldable", "no DoRA"),
+    "(IA)3 of a matrix": (IA3 | {"weight": (4, 6)}, "shape_factors", "weight"),
+    "blocks that are not square": ({"oft_blocks": (2, 3, 2)}, "shape_factors", "oft_blocks"),
+    "rescale of others": (
+        {"oft_blocks": (2, 3, 3), "rescale": (5, 1)}, "shape_factors", "rescale"
+    ),
+    "rescale alone": ({"rescale": (5, 1)}, "missing", "oft_blocks"),
+    "a part of blocks lost": (
+        {"oft_blocks.0": (2, 3, 3), "oft_blocks.2": (2, 3, 3), "alpha": ()}, "missing",
+        "oft_blocks.1"
+    ),
+    "a butterfly of odd blocks": ({"oft_blocks": (2, 4, 3, 3)}, "shape_factors", "oft_blocks"),
+    "a butterfly too deep": ({"oft_blocks": (3, 3, 2, 2)}, "shape_factors", "oft_blocks"),
+    "T-LoRA of two ranks": (TLORA | {"lambda_layer": (1, 3)}, "shape_factors", "lambda"),
+    "half of a T-LoRA": (without(TLORA, "p_layer.weight"), "missing", "p_layer"),
+    "old OFT": ({"oft_diag": (2, 3, 3)}, "unknown_type", "oft_diag"),
+    "a sparse remainder": (
+        {"lora_down.weight": (2, 6), "lora_up.weight": (4, 2), "bias_size": (2,)}, "unknown_type",
+        "remainder"
+    ),
+    "two methods": (LOHA | {"lokr_w1": (2, 2)}, "unexplained", "LoHa, LoKr"),
+    "a method and a pair": (
+        LOHA | {"lora_down.weight": (2, 6), "lora_up.weight": (4, 2)}, "unexplained", "LoRA"
+    ),
+    "magnitudes of another size": (LOHA | {"dora_scale": (5, 1)}, "shape_factors", "5 magnitudes"),
+    "alpha of 0": (LOHA | {"alpha": number(0.0)}, "no_effect", "alpha is 0"),
+    "alpha of much": (LOKR | {"alpha": number(999.0)}, "scaling_unusual", "999"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHOD_ROWS)
+def test_what_is_said_of_other_methods(name, tmp_path):
+    leaves, code, text = METHOD_ROWS[name]
+    problems = read(file(tmp_path / "x.safetensors", module(Q, leaves))).problems
+    assert code in [p.code for p in problems]
+    assert any(text in p.message for p in problems if p.code == code)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "code"),
+    [
+        (LOHA | {"hada_w1_a": ("I32", (4, 2), None)}, "dtype_unusable"),
+        (LOHA | {"alpha": number(float("inf"))}, "nonfinite"),
+        (LOHA | {"dora_scale": ("I32", (4, 1), None)}, "dtype_unusable"),
+        (IA3 | {"on_input": ("I64", (), struct.pack("<q", 2))}, "malformed"),
+        ({"oft_blocks": (2, 3, 3), "alpha": number(float("nan"))}, "nonfinite"),
+    ],
+)
+def test_what_is_refused_of_other_methods(leaves, code, tmp_path):
+    bundle = file(tmp_path / "x.safetensors", module(Q, leaves))
+    with pytest.raises(LoratoolsError) as caught:
+        kohya.read(bundle, assume={})
+    assert caught.value.code == code
+
+
+def test_alpha_of_two_whole_factors_says_nothing(tmp_path):
+    """ai-toolkit stores 1e10 there, which in 16 bits is infinite."""
+    alpha = ("F16", (), struct.pack("<e", float("inf")))
+    tensors = module(Q, {"lokr_w1": (2, 2), "lokr_w2": (2, 3), "alpha": alpha})
+    adapter = read(file(tmp_path / "x.safetensors", tensors))
+    assert not adapter.problems
+    assert adapter.deltas[f"{Q}.weight"].scaling == 1
+    kohya.write(adapter, tmp_path / "y.safetensors")
+    assert load_file(tmp_path / "y.safetensors")[f"{Q}.alpha"].isinf()
+
+
+def test_a_scaling_of_two_whole_factors_is_written_into_one(tmp_path):
+    """PEFT divides its alpha by r there too; LyCORIS's readers ask no alpha."""
+    w1, w2 = torch.randn(2, 2), torch.randn(2, 3)
+    delta = Kronecker((4, 6), 0.5, 1.0, w1=Leaf.of("w1", w1), w2=Leaf.of("w2", w2))
+    adapter = Adapter({f"{Q}.weight": delta}, format="kohya", vocabulary="kohya")
+    kohya.write(adapter, tmp_path / "y.safetensors")
+    (found_again,) = read(local(tmp_path / "y.safetensors")).deltas.values()
+    assert torch.equal(algebra.materialise(found_again), algebra.materialise(delta))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4, 1, 1), (4, 1)])
+def test_factors_of_one_are_written_as_their_distance_from_it(shape, tmp_path):
+    """PEFT's (IA)3 is the factor itself."""
+    factor = torch.linspace(0.5, 1.5, 4).reshape(shape)
+    adapter = Adapter({f"{Q}.weight": Scaled("rows", Leaf.of("l", factor))}, vocabulary="kohya")
+    assert kohya.lost(adapter) == []
+    kohya.write(adapter, tmp_path / "y.safetensors")
+    tensors = load_file(tmp_path / "y.safetensors")
+    assert tensors[f"{Q}.weight"].shape == ((1, 4, 1, 1) if len(shape) == 4 else (4,))
+    torch.testing.assert_close(tensors[f"{Q}.weight"].flatten() + 1, factor.flatten())
+    assert tensors[f"{Q}.on_input"] == 0
+
+
+def test_what_kohya_cannot_hold_of_other_methods(tmp_path):
+    blocks = {"oft_blocks": Leaf.of("x", torch.zeros(2, 3, 3))}
+    deltas = {
+        "columns": Rotated("oft of lycoris", "in", blocks),
+        "another_s": Rotated("householder", "out", {"u": Leaf.of("u", torch.ones(2, 6))}),
+        "by_elements": Scaled("elements", LowRank(Leaf.of("a", torch.ones(1, 6)),
+                                                  Leaf.of("b", torch.ones(4, 1)), 1.0), 1.0),
+    }  # fmt: skip
+    adapter = Adapter({f"lora_unet_{k}.weight": d for k, d in deltas.items()}, vocabulary="kohya")
+    assert [p.code for p in kohya.lost(adapter)] == ["loss"] * 3
+
+
+ALGORITHMS = {
+    "loha": LOHA, "lokr": LOKR, "glora": NEW, "ia3": IA3, "diag-oft": {"oft_blocks": (2, 3, 3)},
+    "boft": {"oft_blocks": (1, 2, 2, 2)}, "tlora": TLORA,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_the_metadata_names_the_algorithm(algo, tmp_path):
+    adapter = read(file(tmp_path / "x.safetensors", module(Q, ALGORITHMS[algo])))
+    kohya.write(adapter, tmp_path / "y.safetensors")
+    with safe_open(tmp_path / "y.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(metadata["ss_network_args"]) == {"algo": algo}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".pth", ".bin"])

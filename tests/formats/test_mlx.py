@@ -151,15 +151,20 @@ ROWS = {
     "magnitudes of others": (
         PAIR | {f"{Q}.m": [6]}, CONFIG | {"fine_tune_type": "dora"}, "shape_factors", "6 magnitudes"
     ),
-    "experts": (
+    "experts of two sizes": (
         {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": [3, 2, 6],
-         "model.layers.0.mlp.switch_mlp.up_proj.lora_b": [3, 4, 2], **PAIR},
-        CONFIG, "unknown_type", "experts",
+         "model.layers.0.mlp.switch_mlp.up_proj.lora_b": [4, 4, 2], **PAIR},
+        CONFIG, "shape_factors", "experts, rank, in",
     ),
-    "experts of old": (
-        {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": [6, 6],
+    "experts, flat, of two ranks": (
+        {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": [9, 6],
          "model.layers.0.mlp.switch_mlp.up_proj.lora_b": [3, 4, 2], **PAIR},
-        CONFIG, "unknown_type", "experts",
+        CONFIG, "shape_factors", "experts, rank, in",
+    ),
+    "experts of another rank": (
+        {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": [3, 4, 6],
+         "model.layers.0.mlp.switch_mlp.up_proj.lora_b": [3, 4, 4], **PAIR},
+        CONFIG, "config_conflict", "lora_a has 4",
     ),
     "a full parameter": (PAIR | {f"{Q}.weight": [4, 6]}, CONFIG, "unexplained", "q_proj.weight"),
     "a lone m": (PAIR | {"model.m": [4]}, CONFIG, "unexplained", "model.m"),

@@ -119,14 +119,33 @@ ROWS = {
         CONFIG | {"trainable_token_indices": [1, 1]}, "config_conflict", "trained token rows",
     ),
     "pissa": (PAIR, CONFIG | {"init_lora_weights": "pissa_niter_16"}, "residual_base", "pissa"),
-    "olora": (PAIR, CONFIG | {"init_lora_weights": "olora"}, "residual_base", "olora"),
+    "corda": (PAIR, CONFIG | {"init_lora_weights": "corda"}, "residual_base", "corda"),
     "activated": (
         PAIR, CONFIG | {"alora_invocation_tokens": [1, 2]}, "not_foldable", "invocation tokens"
     ),
     "unknown type": (PAIR, {"peft_type": "NEWTUNER"}, "unknown_type", "NEWTUNER"),
     "parameters of experts": (
-        {f"{FRONT}mlp.lora_A.weight": (8, 6), f"{FRONT}mlp.base_layer.lora_A.weight": (8, 6)},
-        CONFIG | {"target_parameters": ["experts.down_proj"]}, "unknown_type", "target_parameters",
+        {f"{FRONT}experts.lora_A.weight": (8, 6)},
+        CONFIG | {"target_parameters": ["experts.down_proj"]}, "missing", "lora_A without lora_B",
+    ),
+    "more parameters than named": (
+        {f"{FRONT}experts.{inner}lora_{side}.weight": shape for inner in ("", "base_layer.")
+         for side, shape in (("A", (8, 6)), ("B", (4, 8)))},
+        CONFIG | {"target_parameters": ["experts.down_proj"]}, "config_conflict", "which is which",
+    ),
+    "parameters of unknown order": (
+        {f"{FRONT}experts.{inner}lora_{side}.weight": shape for inner in ("", "base_layer.")
+         for side, shape in (("A", (8, 6)), ("B", (4, 8)))},
+        CONFIG | {"target_parameters": ["experts.one", "experts.two"]},
+        "config_conflict", "which is which",
+    ),
+    "experts of no whole number": (
+        {f"{FRONT}experts.lora_A.weight": (7, 6), f"{FRONT}experts.lora_B.weight": (4, 7)},
+        CONFIG | {"target_parameters": ["experts.down_proj"]}, "config_conflict", "no multiple",
+    ),
+    "experts that do not multiply": (
+        {f"{FRONT}experts.lora_A.weight": (8, 6), f"{FRONT}experts.lora_B.weight": (4, 6)},
+        CONFIG | {"target_parameters": ["experts.down_proj"]}, "shape_factors", "lora_A is",
     ),
     "two adapters": (
         {

@@ -162,7 +162,10 @@ def test_hostile_patterns_cost_little_time_and_memory():
 
 # Paths and keys over one alphabet: plain names, as adapters have them, and patterns.
 NAMES = st.lists(st.sampled_from(["a", "b", "ab", "1"]), min_size=1, max_size=4).map(".".join)
-KEYS = st.one_of(NAMES, st.text("ab.1", max_size=4), PATTERNS)
+ANCHORED = NAMES.map(
+    lambda name: "^" + name.replace(".", r"\.")
+)  # as PEFT patterns are written here
+KEYS = st.one_of(NAMES, ANCHORED, st.text("ab.1", max_size=4), PATTERNS)
 
 
 @given(st.lists(KEYS, max_size=4, unique=True), st.one_of(NAMES, TEXTS))
@@ -170,6 +173,10 @@ KEYS = st.one_of(NAMES, st.text("ab.1", max_size=4), PATTERNS)
 @example(["layers.1", "q"], "layers.1.q")
 @example(["q", "layers.1.q"], "layers.1.q")
 @example(["^q"], "x.q")
+@example([r"^x\.q"], "x.q")
+@example([r"^x\.q"], "xaq")
+@example([r"x\.q"], "y.x.q")
+@example(["^"], "")
 @example(["xaq"], "x.q")
 @example(["x.q"], "xaq")
 @example(["q"], "q\n")
@@ -191,6 +198,16 @@ def test_peft_value_is_what_peft_looks_up(keys, module):
 def test_peft_targets_are_the_modules_that_peft_adapts(target_modules, module):
     config = LoraConfig(target_modules=target_modules)
     assert peft_targets(target_modules, module) == bool(check_target_module_exists(config, module))
+
+
+def test_plain_names_are_compared_and_not_compiled():
+    """Files name every module in patterns, and every module is looked up in all of them."""
+    names = [f"down_blocks.{i}.attn.to_q" for i in range(400)]
+    plain = {"^" + name.replace(".", r"\."): i for i, name in enumerate(names)}
+    before = compile_pattern.cache_info().misses
+    for patterns in (plain, {f"^{name}": i for i, name in enumerate(names)}):
+        assert [peft_value(patterns, name, -1)[0] for name in names] == list(range(400))
+    assert compile_pattern.cache_info().misses == before
 
 
 def test_a_refused_pattern_is_not_passed_over():

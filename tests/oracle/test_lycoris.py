@@ -150,33 +150,6 @@ def test_tensors_come_back_with_their_bytes(dtype, net, tmp_path):
         assert ours[key].dtype == same.dtype
 
 
-METHODS = {
-    "LoHa": {"algo": "loha"},
-    "LoHa with DoRA": {"algo": "loha", "dora_wd": True},
-    "LoKr": {"algo": "lokr", "factor": 2},
-    "GLoRA": {"algo": "glora"},
-    "(IA)3": {"algo": "ia3"},
-    "OFT": {"algo": "diag-oft"},
-    "T-LoRA": {"algo": "tlora"},
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_other_methods_are_named_once_each(method, net, tmp_path):
-    network = train(net, tmp_path / "x.safetensors", {"linear_dim": 2, **METHODS[method]})
-    adapter = kohya.read(local(tmp_path / "x.safetensors"), assume={})
-    (problem,) = adapter.problems
-    assert (problem.code, adapter.format) == ("unknown_type", "lycoris")
-    assert problem.message.startswith(f"{method} in {len(network.loras)} modules")
-
-
-def test_butterfly_blocks_are_told_from_diagonal_ones(tmp_path):
-    net = nn.Sequential(nn.Linear(8, 8))
-    train(net, tmp_path / "x.safetensors", {"algo": "boft", "linear_dim": 2})
-    (problem,) = kohya.read(local(tmp_path / "x.safetensors"), assume={}).problems
-    assert problem.message.startswith("BOFT in 1 modules")
-
-
 def test_a_tucker_module_is_written_as_a_pair_of_its_rank(net, tmp_path):
     train(net, tmp_path / "x.safetensors", CASES["tucker"][0])
     adapter = kohya.read(local(tmp_path / "x.safetensors"), assume={})

@@ -14,6 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from safetensors.torch import save_file
 
 from loratools.adapter import Adapter, Leaf, LowRank, Renormed, Replace
+from loratools.algebra import materialise
 from loratools.containers.bundle import local
 from loratools.formats import mlx
 from tests.oracle import folds
@@ -254,7 +255,7 @@ def test_dtypes_stay_where_nothing_is_rewritten(tmp_path):
     load_adapters(fresh(), str(tmp_path / "out"))
 
 
-def test_layers_of_experts_are_named_and_not_taken_for_others(tmp_path):
+def test_layers_of_experts_are_read_as_mlx_fuses_them(tmp_path):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -266,8 +267,15 @@ def test_layers_of_experts_are_named_and_not_taken_for_others(tmp_path):
             super().__init__()
             self.layers = [Block(), Block()]
 
-    trained(Model(), tmp_path / "adapter", layers=1)
+    model = Model()
+    before = tensors_of(model)
+    trained(model, tmp_path / "adapter", layers=1)
     adapter = mlx.read(local(tmp_path / "adapter"), assume={})
-    assert set(adapter.deltas) == {"layers.1.router.weight"}
-    [problem] = adapter.problems
-    assert (problem.code, problem.target) == ("unknown_type", "layers.1.gate_proj")
+    assert not adapter.problems
+    fused = tree_unflatten([(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")])
+    model.update_modules(fused)
+    for key, wanted in tensors_of(model).items():
+        delta = adapter.deltas.get(key)
+        found = before[key] if delta is None else before[key] + materialise(delta)
+        torch.testing.assert_close(found.float(), wanted, rtol=0, atol=1e-5)
+    assert set(adapter.deltas) == {"layers.1.router.weight", "layers.1.gate_proj.weight"}

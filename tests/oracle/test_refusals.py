@@ -213,7 +213,7 @@ def test_several_problems_are_told_together(edit, base, tmp_path):
         return {k.replace("1.self_attn.q_proj", "9.self_attn.q_proj"): v for k, v in found.items()}
 
     error = refused(
-        edit(change, lambda c: c | {"init_lora_weights": "pissa"}), base("llama"), tmp_path
+        edit(change, lambda c: c | {"init_lora_weights": "loftq"}), base("llama"), tmp_path
     )
     assert {p.code for p in error.problems} == {"missing", "unmatched", "residual_base"}
     assert error.exit == 4
