@@ -193,5 +193,5 @@ def merged_before(base: Base, adapters: Sequence[Adapter]) -> list[Problem]:
     return [
         Problem("already_merged", f"{shown(a.name)} is already folded into {shown(base.name)}")
         for a in adapters
-        if fingerprint(a) in before
+        if before and fingerprint(a) in before  # which reads all of the adapter
     ]

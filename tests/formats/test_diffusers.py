@@ -179,7 +179,7 @@ CONFLICTS = {
     "stray value": (PAIR | {f"{Q}.bias": (4,)}, {}, "unexplained", "to_q.bias"),
     "comfy": (PAIR | {"diffusion_model.q.lora_A.weight": (2, 2)}, {}, "unexplained", "diffusion_m"),
     "kohya": (PAIR | {"lora_unet_x.lora_down.weight": (2, 2)}, {}, "unexplained", "lora_unet_x"),
-    "lokr": (PAIR | {f"{K}.lokr_w1": (2, 2), f"{K}.alpha": ()}, {}, "missing", "lokr_w1 without lokr_w2"),
+    "lokr": (PAIR | {f"{K}.lokr_w1": (2, 2)}, {}, "missing", "lokr_w1 without lokr_w2"),
     "loha": (PAIR | {f"{K}.hada_w1_a": (2, 2)}, {}, "missing", "hada_w1_a without hada"),
     "glora": (PAIR | {f"{K}.a1.weight": (2, 2)}, {}, "missing", "a1.weight without a2"),
     "two names": (
