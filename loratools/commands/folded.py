@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools import receipt
+from loratools.algebra import block
 from loratools.commands.companions import Companions, plan_companions
 from loratools.commands.inspect import as_json, human, pair
 from loratools.commands.judging import judge
@@ -88,6 +90,7 @@ def fold(
         notes=(
             *(f"names: {p}" for p in plan.prefixes if p.added or p.removed),
             *companions.notes,
+            *_whole(plan),
         ),
         groups=groups(plan, sample.tallies, sample.tallies),
         dry_run=dry_run,
@@ -142,6 +145,19 @@ def fold(
         if not said:
             result.problems += (Problem("loss", survives(result.update_kept), "warning"),)
     return result
+
+
+def _whole(plan: Plan) -> list[str]:
+    """What kinds that mix all rows take beyond a tile: the weight, the result and the update."""
+    sizes = [
+        3 * 8 * math.prod(target.shape)
+        for target in plan.targets.values()
+        if any(block(term.delta) == 0 for term in target.terms)
+    ]
+    if not sizes:
+        return []
+    need = f"up to {human(max(sizes))} a thread"
+    return [f"{len(sizes)} weights are held whole in float64, since all their rows mix: {need}"]
 
 
 def _input(name: str, folder: Path) -> Path:

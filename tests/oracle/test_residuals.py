@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+import loratools
 from loratools import LoratoolsError, convert, load, merge, save
 from loratools.adapter import Chained, LowRank
 
@@ -137,6 +138,8 @@ def test_the_residual_is_found_again(case, base, tmp_path):
     count = sum(isinstance(d, Chained) for d in load(tmp_path / "a").deltas.values())
     assert note.severity == "note"
     assert f"{count} pairs" in note.message
+    planned = loratools.merge([tmp_path / "a"], folder, weights=[1.0], dry_run=True)
+    assert f"{count} weights are held whole in float64" in " ".join(planned.notes)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
