@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loratools import formats, receipt
+from loratools import formats, receipt, views
 from loratools.adapter import Adapter, Experts, Kind, Leaf, LowRank, Made, Renormed, leaves
 from loratools.commands.inspect import as_json, human, pair
 from loratools.commands.lowering import lowered_for, reasons, said_of
@@ -18,7 +18,7 @@ from loratools.fitting import addresses, makes_images, merged
 from loratools.formats import gguf_writing
 from loratools.names import gguf
 from loratools.names.heads import Facts, config_of, facts_from
-from loratools.rewriting import additive, same_place
+from loratools.rewriting import additive
 from loratools.runtime import distinct
 from loratools.translating import IMAGE, translate
 from loratools.views import all_zero, later
@@ -120,7 +120,7 @@ def ready_for(adapter: Adapter, to: str, base: Base | None = None) -> Ready:
         form.VOCABULARY,
         facts=known,
         shapes=shapes,
-        alike=_same_bytes,
+        alike=views.same,
     )
     found.adapter = _as_the_base_has_them(found.adapter, to, base)
     lost = [
@@ -221,13 +221,6 @@ def _shapes(base: Base, vocabulary: str) -> dict[str, tuple[int, ...]]:
         a: base.tensors[n].shape
         for a, n in addresses(n for n in base.tensors if not is_companion(n)).items()
     }
-
-
-def _same_bytes(one: Leaf, other: Leaf) -> bool:
-    """Whether two leaves hold the same numbers, wherever they lie."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return same_place(one, other) or one.read() == other.read()
 
 
 def _trimmed(delta: Kind) -> Kind:

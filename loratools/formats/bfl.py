@@ -65,18 +65,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     for key, leaf in without_twins(reading, found.rest, found.modules).items():
         _norm(reading, key, leaf)
     said_copies(reading, found)
-    problems = reading.settle()
-    return Adapter(
-        deltas=reading.deltas,
-        format="bfl",
-        vocabulary="original",
-        metadata=metadata,
-        name=bundle.name,
-        folder=bundle.path,
-        files=(file,),
-        problems=problems,
-        assumed=dict(assume),
-    )
+    return reading.adapter(bundle, file, format="bfl", vocabulary="original", metadata=metadata)
 
 
 def _norm(reading: Reading, key: str, leaf: Leaf) -> None:

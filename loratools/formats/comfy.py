@@ -62,18 +62,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
         take(reading, module, parts)
     reading.unexplained(list(without_twins(reading, found.rest, found.modules)))
     said_copies(reading, found)
-    problems = reading.settle()
-    return Adapter(
-        deltas=reading.deltas,
-        format="comfy",
-        vocabulary="original",
-        metadata=metadata,
-        name=bundle.name,
-        folder=bundle.path,
-        files=(file,),
-        problems=problems,
-        assumed=dict(assume),
-    )
+    return reading.adapter(bundle, file, format="comfy", vocabulary="original", metadata=metadata)
 
 
 def _module(part: Part, there: set[str]) -> str | None:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 from loratools.adapter import Leaf
 from loratools.errors import error, shown
+from loratools.formats.reading import unwrapped
 
 PREFIX = "base_model.model."
-# What other layers leave in names: torch.compile, FSDP, DDP (facts of peft, accelerate, torch).
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 TOKENS = "trainable_tokens_delta"
 # Where PEFT keeps a module that it wrapped; nn.MultiheadAttention's out_proj stands within one.
@@ -86,7 +85,7 @@ def group(
 
 def part_of(key: str, parts: Collection[str] = (), shared: Collection[str] = ()) -> Part:
     """A key in the grammar of specs/formats/peft.md; with `parts`, in that of their method."""
-    pieces = [p for p in key.removeprefix("module.").split(".") if p not in WRAPPERS]
+    pieces = unwrapped(key).split(".")
     if pieces[:2] == ["base_model", "model"]:
         pieces = pieces[2:]
     if parts:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loratools.adapter import FLOATS, Dense, Experts, Kind, Leaf, LowRank, Renormed
+from loratools.adapter import FLOATS, Adapter, Dense, Experts, Kind, Leaf, LowRank, Renormed
 from loratools.containers import npy, safetensors, torch_zip
 from loratools.containers.bundle import Bundle
 from loratools.errors import LoratoolsError, Problem, Severity, error, shown
@@ -171,6 +171,29 @@ class Reading:
                 if other != file:
                     message, severity = beside(bundle, file, other)
                     self.problem("unexplained", message, severity=severity)
+
+    def adapter(
+        self,
+        bundle: Bundle,
+        file: str,
+        *,
+        format: str,
+        vocabulary: str,
+        metadata: Mapping[str, str],
+    ) -> Adapter:
+        """The adapter that one file holds and no config explains."""
+        problems = self.settle()
+        return Adapter(
+            deltas=self.deltas,
+            format=format,
+            vocabulary=vocabulary,
+            metadata=metadata,
+            name=bundle.name,
+            folder=bundle.path,
+            files=(file,),
+            problems=problems,
+            assumed=dict(self.assume),
+        )
 
     def settle(self) -> tuple[Problem, ...]:
         """All problems at the end; an adapter without a delta has no effect."""

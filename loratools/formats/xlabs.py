@@ -70,18 +70,7 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
     for module, halves in found.modules.items():
         _thirds(reading, module, parts[module], halves.get("down"), halves.get("up"))
     said_copies(reading, found)
-    problems = reading.settle()
-    return Adapter(
-        deltas=reading.deltas,
-        format="xlabs",
-        vocabulary="diffusers",
-        metadata=metadata,
-        name=bundle.name,
-        folder=bundle.path,
-        files=(file,),
-        problems=problems,
-        assumed=dict(assume),
-    )
+    return reading.adapter(bundle, file, format="xlabs", vocabulary="diffusers", metadata=metadata)
 
 
 def _thirds(
