@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratools.adapter import TORCH_NAMES, Experts, Kind, Leaf, LowRank
+from loratools.adapter import Experts, Kind, Leaf, LowRank
 from loratools.algebra import (
     block,
     combine,
@@ -30,6 +30,11 @@ from loratools.errors import error, shown
 from loratools.narrowing import narrow, not_finite
 from loratools.plan import Plan, Target
 from loratools.rewriting import as_stored
+from loratools.stored import Rows as Rows
+from loratools.stored import extents as extents
+from loratools.stored import fitting_scale, scale_of, times
+from loratools.stored import leaf_rows as leaf_rows
+from loratools.stored import torch_dtype as torch_dtype
 from loratools.truncating import truncate, truncate_stack
 
 # Elements of a CPU tile: few enough for the caches of a core, enough that Python's share is small.
@@ -41,7 +46,6 @@ SMALL = 1 << 16  # elements of a tensor all of whose rows are measured
 DEVICE_TILE = 1 << 24  # a GPU wants work in larger portions
 ARITHMETIC_BOUND = 256  # total rank above which a GPU gains more than the bus costs
 
-Rows = Callable[[int, int], Tensor]  # (start, stop) -> those stored rows of W0, as a matrix
 Emit = Callable[[int, Tensor], None]  # (start, rows in the output dtype, on the CPU)
 
 
@@ -65,6 +69,7 @@ class Tally:
     residual: float = 0.0  # squared norm of what a truncation cut away
     whole: float = 0.0  # squared norm of the update before it
     digest: str = ""
+    scale: float | None = None  # of a weight of 8-bit floats which no longer fits its base's
 
     @property
     def update_kept(self) -> float | None:
@@ -198,10 +203,6 @@ def fold_target(
     height, width = extents(target.shape)
     known = 0 if target.base is None or rows is None else extents(target.base.shape)[0]
 
-    # What the output's numbers are multiplied with: in the base's dtype they keep its scale.
-    kept = target.base is not None and dtype == torch_dtype(target.base.dtype)
-    unit = scale_of(target.base) if kept and target.base is not None else 1.0
-
     def wide(start: int, stop: int, use: str = "w0") -> Tensor:
         assert rows is not None
         raw = rows(start, stop).to(desk.device, non_blocking=True)
@@ -218,6 +219,14 @@ def fold_target(
     sample = only_rows is not None
     chosen = grid if only_rows is None else _around(only_rows, together, height)
     step = 1 if sample or height * width <= SMALL else COUNTED
+
+    # What the output's numbers are multiplied with: in the base's dtype they keep its scale.
+    unit, base = 1.0, target.base
+    if base is not None and base.scale is not None and dtype == torch_dtype(base.dtype):
+        chosen = list(chosen)
+        peak = max((_peak(terms, wide, a, b, known) for a, b in chosen), default=0.0)
+        unit = fitting_scale(base, peak, dtype)
+        tally.scale = None if unit == scale_of(base) else unit
     for start, stop in chosen:
         if start >= known:
             like = torch.empty(stop - start, width, dtype=torch.float64, device=desk.device)
@@ -239,6 +248,20 @@ def fold_target(
             _explain(target, {"base": w0, "update": w - w0}, out)
         emit(start, desk.home(out))
     return tally
+
+
+def _peak(
+    terms: Sequence[tuple[float, Kind]],
+    wide: Callable[[int, int], Tensor],
+    start: int,
+    stop: int,
+    known: int,
+) -> float:
+    """The largest absolute number of one folded tile; 0 for rows that the base lacks."""
+    if start >= known:
+        return 0.0
+    w0 = wide(start, stop)
+    return float(combine(terms, w0, start, w0).abs().max()) if w0.numel() else 0.0
 
 
 def _around(rows: Sequence[int], together: Sequence[int], height: int) -> list[tuple[int, int]]:
@@ -320,12 +343,6 @@ def _explain(target: Target, parts: dict[str, Tensor], out: Tensor) -> None:
 # ------------------------------------------------------------------------------- in memory
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
-    return dtype
-
-
 def fold_tensor(
     target: Target, tensor: Tensor | None, *, dtype: torch.dtype, cut: Cut | None = None
 ) -> tuple[Tensor, Tally]:
@@ -334,7 +351,7 @@ def fold_tensor(
     parts: list[Tensor] = []
     stored = None if tensor is None else matrix(tensor.detach())
     unit = 1.0 if target.base is None else scale_of(target.base)
-    rows = None if stored is None else _times(lambda start, stop: stored[start:stop], unit)
+    rows = None if stored is None else times(lambda start, stop: stored[start:stop], unit)
     with one_thread():
         tally = fold_target(
             target,
@@ -371,49 +388,3 @@ def fold_sample(target: Target, *, dtype: torch.dtype, cut: Cut | None = None) -
             cut=cut,
             only_rows=rows,
         )
-
-
-def extents(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor taken as a matrix."""
-    return (shape[0] if shape else 1), math.prod(shape[1:])
-
-
-def leaf_rows(leaf: Leaf, into: Callable[[int, int], Tensor] | None = None) -> Rows:
-    """Rows of a stored weight as a matrix, by offset where its bytes lie in row order.
-
-    Numbers that have a scale come multiplied with it, in float64.
-
-    `into(offset, length)` may read bytes in a faster way than the leaf's source (uint8 tensor).
-    """
-    dtype = torch_dtype(leaf.dtype)
-    _, width = extents(leaf.shape)
-    if leaf.source is None or leaf.strides is not None:
-        whole = matrix(leaf.tensor())
-        return _times(lambda start, stop: whole[start:stop], scale_of(leaf))
-    row, source = width * dtype.itemsize, leaf.source
-
-    def read(start: int, stop: int) -> Tensor:
-        offset, length = leaf.offset + start * row, (stop - start) * row
-        if into is not None:
-            raw = into(offset, length)
-        elif length:
-            raw = torch.frombuffer(bytearray(source.read(offset, length)), dtype=torch.uint8)
-        else:
-            raw = torch.empty(0, dtype=torch.uint8)
-        return raw.view(dtype).view(stop - start, width)
-
-    return _times(read, scale_of(leaf))
-
-
-def _times(rows: Rows, unit: float) -> Rows:
-    return rows if unit == 1 else lambda a, b: rows(a, b).to(torch.float64) * unit
-
-
-def scale_of(leaf: Leaf) -> float:
-    """The number that a stored weight's numbers are multiplied with; 1 for most."""
-    if leaf.scale is None:
-        return 1.0
-    (unit,) = leaf.scale.numbers()
-    if not 0 < unit < math.inf:
-        raise error("malformed", f"{shown(leaf.scale.name)} is {unit:g}: no scale of a weight")
-    return unit

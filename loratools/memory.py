@@ -10,6 +10,7 @@ from loratools import formats
 from loratools.adapter import TORCH_NAMES, Adapter, Leaf
 from loratools.bind import bind
 from loratools.commands import merge as merging
+from loratools.commands import sources
 from loratools.commands.check import FOLD_ONLY
 from loratools.commands.judging import judge
 from loratools.commands.weighing import Given, require_used, weight, weights_for
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 
 def load(source: str | Path, *, assume: Mapping[str, str] | None = None) -> Adapter:
-    """The adapter at a path; its factors stay on disk until they are used.
+    """The adapter at a source; its factors stay on disk until they are used.
 
     Raises what its own files contradict (FitError, RefusedError), MalformedError, NotFoundError.
     """
-    return _sound(formats.read(source, assume=assume))
+    return _sound(sources.adapter(source, assume))
 
 
 def _sound(adapter: Adapter) -> Adapter:
@@ -155,16 +156,29 @@ def _no_file(name: str) -> Any:
 def fold_tensors(source: Tensors, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) for every tensor of the folded model, one at a time.
 
-    Untouched tensors come as the source gives them; touched ones keep their dtype.
+    Untouched tensors come as the source gives them; touched ones keep their dtype, and 8-bit
+    floats their scale, as long as it holds what they become.
     """
     from loratools.folding import fold_tensor, torch_dtype
 
+    def folded(name: str) -> dict[str, torch.Tensor]:
+        target, tensor = plan.targets.get(name), source.get_tensor(name)
+        if target is None or not target.terms:
+            return {name: tensor}
+        made, tally = fold_tensor(target, tensor, dtype=tensor.dtype)
+        if target.base is None or target.base.scale is None:
+            return {name: made}
+        scale = target.base.scale
+        unit = source.get_tensor(scale.name)
+        return {name: made, scale.name: unit if tally.scale is None else unit * 0 + tally.scale}
+
+    touched = {n: t.base for n, t in plan.targets.items() if t.terms and t.base is not None}
+    scaled = {leaf.scale.name: n for n, leaf in touched.items() if leaf.scale is not None}
+    early: dict[str, torch.Tensor] = {}  # a weight and its scale come of one sum
     for name in source.keys():  # noqa: SIM118 - safe_open is no mapping
-        target = plan.targets.get(name)
-        tensor = source.get_tensor(name)
-        if target is not None and target.terms:
-            tensor, _ = fold_tensor(target, tensor, dtype=tensor.dtype)
-        yield name, tensor
+        if name not in early:
+            early |= folded(scaled.get(name, name))
+        yield name, early.pop(name)
     for name in plan.new:
         target = plan.targets[name]
         start = target.base.tensor() if target.base else None

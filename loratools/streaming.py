@@ -32,6 +32,7 @@ from loratools.folding import (
 )
 from loratools.narrowing import narrow, not_finite
 from loratools.plan import Target
+from loratools.stored import stored_scale
 from loratools.weights import disk
 from loratools.weights.layout import OutputShard, Piece, runs
 from loratools.weights.publishing import Output
@@ -249,7 +250,8 @@ def _start(
 ) -> Iterator[Future[None]]:
     """Queue one shard: its tensors as tasks, its sync behind the last of them."""
     touched = [p for p in shard.pieces if p.name in run.targets and run.targets[p.name].terms]
-    names = {p.name for p in touched}
+    scales = _scales(shard, touched)
+    names = {p.name for p in (*touched, *scales.values())}
     changed = [p for p in shard.pieces if p.name not in names and _converts(p)]
     as_bytes = runs(shard.pieces, lambda p: p.name not in names and not _converts(p))
     copies = [
@@ -284,7 +286,8 @@ def _start(
         yield pool.submit(task, lambda: None)
     # The largest first: a long one at the end would leave the other threads idle.
     for piece in sorted(touched, key=lambda p: -p.nbytes):
-        yield pool.submit(task, lambda piece=piece: _fold(run, one, piece))  # type: ignore[misc]
+        scale = scales.get(piece.name)
+        yield pool.submit(task, lambda piece=piece, scale=scale: _fold(run, one, piece, scale))  # type: ignore[misc]
     for piece in changed:
         yield pool.submit(task, lambda piece=piece: _convert(run, one, piece))  # type: ignore[misc]
     for leaf, to, at, length in copies:
@@ -292,6 +295,16 @@ def _start(
             task,
             lambda leaf=leaf, to=to, at=at, length=length: _copy(run, one, leaf, to, at, length),  # type: ignore[misc]
         )
+
+
+def _scales(shard: OutputShard, touched: Sequence[Piece]) -> dict[str, Piece]:
+    """The pieces with the scales of those weights that stay 8-bit floats, by the weight's name."""
+    there = {p.base.offset: p for p in shard.pieces if p.base is not None and p.nbytes}
+    return {
+        piece.name: there[leaf.scale.offset]
+        for piece in touched
+        if (leaf := piece.base) is not None and leaf.scale is not None and piece.dtype == leaf.dtype
+    }
 
 
 def _converts(piece: Piece) -> bool:
@@ -330,7 +343,8 @@ def _reader(run: _Run, one: _Open, leaf: Leaf) -> Callable[[int, int], Tensor] |
     return into
 
 
-def _fold(run: _Run, one: _Open, piece: Piece) -> None:
+def _fold(run: _Run, one: _Open, piece: Piece, scale: Piece | None) -> None:
+    """Fold one weight; the scale that it is stored with is written after it, new where it must."""
     target = run.targets[piece.name]
     hashed, written = hashlib.sha256(), _Writer(run, one, piece)
 
@@ -346,6 +360,11 @@ def _fold(run: _Run, one: _Open, piece: Piece) -> None:
     )
     tally.digest = hashed.hexdigest()
     one.tallies[piece.name] = tally
+    if scale is not None:
+        assert leaf is not None
+        raw = stored_scale(leaf, tally.scale)
+        _Writer(run, one, scale)(memoryview(raw))
+        one.tallies[scale.name] = Tally(digest=hashlib.sha256(raw).hexdigest())
 
 
 def _convert(run: _Run, one: _Open, piece: Piece) -> None:

@@ -145,7 +145,7 @@ def _in_kernel(delta: Kind, shape: tuple[int, ...]) -> Kind:
 def _matrix(weight: Leaf) -> Tensor:
     import torch
 
-    from loratools.folding import scale_of
+    from loratools.stored import scale_of
 
     wide = weight.tensor().to(torch.float64) * scale_of(weight)
     return wide.reshape(weight.shape[0], -1)

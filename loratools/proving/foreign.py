@@ -16,6 +16,7 @@ from loratools.plan import Target
 from loratools.proving.differences import Difference, Mismatch
 from loratools.proving.rules import EXACT, F64, Rule, Span, prepared, replayed, rules_for
 from loratools.rewriting import as_stored, transpose
+from loratools.stored import scale_of
 
 SIGMAS = 5
 SMALLEST = 2e-4  # a deviation of the scaling below this is not spoken of
@@ -139,6 +140,8 @@ class _View:
     known: int  # rows that the base has
     height: int
     width: int
+    dtype: torch.dtype  # of what was written
+    unit: float = 1.0  # its scale, where 8-bit floats have one
     turned: bool = False
 
     def grid(self, rows: Sequence[int] | None) -> Iterator[tuple[int, int]]:
@@ -150,6 +153,10 @@ class _View:
         for begin, end in ((0, min(self.known, self.height)), (self.known, self.height)):
             for start in range(begin, end, step):
                 yield start, min(start + step, end)
+
+    def stored(self, values: Tensor) -> Tensor:
+        """The numbers of the written tensor's dtype, and scale, nearest to these."""
+        return narrow(values / self.unit, self.dtype).to(F64) * self.unit
 
     def w0(self, start: int, stop: int) -> Tensor | None:
         """Rows of the base in float64, if it has them."""
@@ -169,6 +176,8 @@ def _views(target: Target, written: Leaf) -> tuple[_View, _View | None]:
         leaf_rows(written),
         0 if base is None else extents(base.shape)[0],
         *extents(written.shape),
+        torch_dtype(written.dtype),
+        scale_of(written),
     )
     inner = [d.then if isinstance(d, Replace) else d for _, d in terms]
     if not any(isinstance(d, Renormed) and d.axis == "in" for d in inner):
@@ -185,6 +194,7 @@ def _views(target: Target, written: Leaf) -> tuple[_View, _View | None]:
         0 if before is None else len(before),
         len(after),
         after.shape[1],
+        after.dtype,
         turned=True,
     )
     return stored, turned
@@ -195,7 +205,7 @@ def _views_and_rules(
 ) -> tuple[tuple[_View, _View | None], list[Rule]]:
     views, dtype = _views(target, written), torch_dtype(written.dtype)
     base = dtype if target.base is None else torch_dtype(target.base.dtype)
-    if views[1] is None or not dtype.is_floating_point:
+    if views[1] is None or not dtype.is_floating_point or written.scale is not None:
         return views, [EXACT]
     halved = target.name.endswith("out_proj.weight")
     return views, rules_for(dtype, base, views[1].terms, halved=halved)
@@ -213,7 +223,8 @@ def _walk(
     deltas = prepared(view.terms, rule)
     for start, stop in view.grid(rows):
         w0, seen = view.w0(start, stop), view.written(start, stop)
-        _judge(judged, seen, w0, replayed(deltas, w0, start, rule, seen), start * view.width)
+        span = replayed(deltas, w0, start, rule, seen)
+        _judge(judged, seen, w0, span, view.dtype, start * view.width)
     if view.turned and judged.difference.first is not None:
         row, column = divmod(judged.difference.first, view.width)
         judged.difference.first = column * view.height + row
@@ -252,8 +263,8 @@ def _exact(
         stop = start + len(tile)
         w0, seen = view.w0(start, stop), view.written(start, stop)
         noise = (tile.abs() + size + (0 if w0 is None else w0.abs())) * unit
-        low, high = narrow(tile - noise, seen.dtype), narrow(tile + noise, seen.dtype)
-        _judge(judged, seen, w0, Span(low.to(F64), high.to(F64), tile), start * view.width)
+        span = Span(view.stored(tile - noise), view.stored(tile + noise), tile)
+        _judge(judged, seen, w0, span, view.dtype, start * view.width)
 
     fold_target(target, view.base, emit, dtype=F64, cut=cut, only_rows=rows)
 
@@ -274,7 +285,14 @@ def _longest(factor: Leaf, rank_axis: int) -> float:
     return float(matrix(widen(factor)).norm(dim=rank_axis).max())
 
 
-def _judge(judged: Judged, seen: Tensor, w0: Tensor | None, span: Span | None, at: int) -> None:
+def _judge(
+    judged: Judged,
+    seen: Tensor,
+    w0: Tensor | None,
+    span: Span | None,
+    dtype: torch.dtype,
+    at: int,
+) -> None:
     """Take one tile of the written weight into the judgement."""
     wide = seen.to(F64)
     if span is None:
@@ -283,11 +301,11 @@ def _judge(judged: Judged, seen: Tensor, w0: Tensor | None, span: Span | None, a
         return
     bad = ~((wide >= span.low) & (wide <= span.high))
     judged.difference.add(bad, (wide - span.exact).abs(), at)
-    if w0 is None or not seen.dtype.is_floating_point or not bool(wide.isfinite().all()):
+    if w0 is None or not dtype.is_floating_point or not bool(wide.isfinite().all()):
         return
     update, moved = (span.exact - w0).reshape(-1), (wide - w0).reshape(-1)
     off = (wide - (span.low + span.high) / 2).mul_(bad).reshape(-1)
-    rounding = (wide.reshape(-1) * torch.finfo(seen.dtype).eps).square_().div_(12)
+    rounding = (wide.reshape(-1) * torch.finfo(dtype).eps).square_().div_(12)
     signal = judged.signal
     signal.update += float(update.dot(update))
     signal.moved += float(moved.dot(update))

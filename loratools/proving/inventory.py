@@ -68,11 +68,13 @@ def take_inventory(plan: Plan, written: Base) -> Inventory:
     names = [n for n in expected if n not in there]
     inventory.prefix = _best_prefix(names, there)
     taken: set[str] = set()
+    scales = _scales(plan, inventory.prefix, there)
     for name, one in expected.items():
         place = _place(name, inventory.prefix, there, taken)
         if place is not None:
             taken.add(place)
-            inventory.found.append((one, place))
+            if place not in scales:
+                inventory.found.append((one, place))
         elif not _may_lack(one, plan, written):
             inventory.missing.append(name)
     for name in there:
@@ -96,6 +98,12 @@ def _expected(plan: Plan) -> dict[str, Expected]:
         touched = target if target is not None and target.terms else None
         found[name] = Expected(name, shape, touched, leaf)
     return found
+
+
+def _scales(plan: Plan, prefix: Prefix, there: Mapping[str, Leaf]) -> set[str]:
+    """The scales of touched 8-bit floats, which are judged by the values that they give."""
+    touched = (leaf for n, t in plan.targets.items() if t.terms and (leaf := there.get(prefix(n))))
+    return {leaf.scale.name for leaf in touched if leaf.scale is not None}
 
 
 def _best_prefix(names: Collection[str], there: Collection[str]) -> Prefix:

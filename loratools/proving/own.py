@@ -42,6 +42,7 @@ from loratools.proving.differences import (
     each,
 )
 from loratools.proving.foreign import judge_exactly
+from loratools.stored import stored_scale
 from loratools.weights.base import Base
 from loratools.weights.layout import OutputShard, Piece
 
@@ -96,14 +97,26 @@ def replay_fold(
             dtype = torch_dtype(leaf.dtype)
             rows = Rows(leaf, tolerance if dtype.is_floating_point else 0)
             before = None if target.base is None else leaf_rows(target.base)
-            fold_target(target, before, rows.compare, dtype=dtype, desk=Desk(desk_at), cut=cut)
+            tally = fold_target(
+                target, before, rows.compare, dtype=dtype, desk=Desk(desk_at), cut=cut
+            )
+            scale = None if target.base is None else stored_scale(target.base, tally.scale)
+            if leaf.scale is not None and leaf.scale.read() != scale:
+                return Mismatch("its scale differs", piece.name, file), 0
             difference, near, what = rows.found, rows.near, "folded again it differs"
             exact = leaf.scale is None and difference.elements
             if exact and not judge_exactly(target, leaf, cut).difference.elements:
                 difference, near = Difference(), near + difference.elements
         return difference.mismatch(what, piece.name, leaf, file), near
 
-    there = [piece for name, piece in pieces.items() if name in written.tensors]
+    found = {name: leaf for name, leaf in written.tensors.items() if name in pieces}
+    # A scale is compared with its weight, for which it may have been found anew.
+    scales = {
+        (leaf.scale.source, leaf.scale.offset)
+        for name, leaf in found.items()
+        if leaf.scale is not None and _target(plan, pieces[name])
+    }
+    there = [pieces[n] for n, leaf in found.items() if (leaf.source, leaf.offset) not in scales]
     for mismatch, near in each(work, there, sizes=[p.nbytes for p in there], progress=progress):
         replayed.checked += 1
         replayed.near += near

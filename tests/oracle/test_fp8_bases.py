@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import loratools
 from loratools.bind import bind
 from loratools.commands.verify import verify
-from loratools.errors import LoratoolsError, MalformedError, RefusedError
+from loratools.errors import MalformedError, RefusedError
 from loratools.weights.base import headers
 from tests.commands.adapter_files import Pair
 from tests.commands.image_files import FLUX, fused, kohya
@@ -156,12 +156,61 @@ def test_update_kept_is_measured_on_values(tmp_path):
     assert result.update_kept == pytest.approx(top / below, rel=1e-9)
 
 
-def test_what_no_longer_fits_its_scale_is_refused_and_dtype_is_named(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", FP8)
+@pytest.mark.parametrize("scheme", ["old", "metadata"])
+def test_what_no_longer_fits_its_scale_gets_another(tmp_path, scheme, kind, dtype):
+    """The largest number comes to the end of the range, as the quantiser of ComfyUI chooses."""
+    path, updates = adapter(tmp_path)
+    over, _ = scaled(tmp_path, FP8[kind], scheme, room=1.0)
+    key = "scale_weight" if scheme == "old" else "weight_scale"
+    with safe_open(over, "pt") as file:
+        metadata = file.metadata()
+    before = {n: t.to(dtype) if n.endswith(key) else t for n, t in load_file(over).items()}
+    save_file(before, over, metadata)
+    meant = {
+        n: t.double() * before[n.replace(".weight", f".{key}")].double()
+        for n, t in before.items()
+        if n in updates or n.endswith("to_k.weight")
+    }
+    out = tmp_path / "out.safetensors"
+    result = loratools.merge([path], over, weights=[0.3], out=out)
+    after, grown, limit = load_file(out), 0, torch.finfo(FP8[kind]).max
+    for name in updates:
+        scale, old = (each[name.replace(".weight", f".{key}")] for each in (after, before))
+        due = wanted(name, meant, updates, 0.3)
+        if float(scale) != float(old):
+            grown += 1
+            assert scale.dtype == dtype
+            least = float(due.abs().max()) / limit
+            assert least <= float(scale) <= least * (1 + 2 * torch.finfo(dtype).eps)
+        stored = (due / scale.double()).float().to(FP8[kind])
+        assert torch.equal(after[name].double(), stored.double()), name
+    assert grown
+    assert result.update_kept == pytest.approx(1, abs=0.1)
+    proof = verify(out, base=over, adapters=[path])
+    assert (proof.ok, proof.proved) == (True, "replay"), proof.mismatches
+    with safe_open(over, "pt") as source:
+        plan = bind([loratools.load(path)], headers(over), weights=[0.3])
+        made = dict(loratools.fold_tensors(source, plan))
+    assert {n: _bytes(t) for n, t in made.items()} == {n: _bytes(t) for n, t in after.items()}
+
+
+@pytest.mark.parametrize("weight", [0.05, 0.3])
+def test_a_scaled_fold_without_its_receipt_is_explained(tmp_path, weight):
     path, _ = adapter(tmp_path)
     over, _ = scaled(tmp_path, torch.float8_e4m3fn, "old", room=1.0)
-    with pytest.raises(LoratoolsError, match="do not fit float8_e4m3fn; try --dtype"):
-        loratools.merge([path], over, weights=[5.0], out=tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
+    out = tmp_path / "out.safetensors"
+    loratools.merge([path], over, weights=[weight], out=out)
+    (tmp_path / "out.safetensors.loratools.json").unlink()
+    proof = verify(out, base=over, adapters=[path], weights=[weight])
+    assert proof.ok, proof.mismatches
+    tensors = load_file(out)
+    name = next(n for n in tensors if n.endswith("to_q.weight"))
+    tensors[name] = -tensors[name].float()
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, out)
+    assert not verify(out, base=over, adapters=[path], weights=[weight]).ok
 
 
 def test_scales_that_no_mark_explains_are_refused(tmp_path):

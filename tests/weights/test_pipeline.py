@@ -363,13 +363,13 @@ def test_an_interrupted_fold_goes_on_with_whole_components(tmp_path, monkeypatch
     adapter = lora(tmp_path / "l.safetensors")
     kept, stream = [], streaming._fold
 
-    def failing(run, one, piece):
+    def failing(run, one, piece, scale):
         if one.shard.name.startswith("text_encoder") and not kept:
             while f"unet/{WEIGHTS}" not in json.dumps(_progress(out)):
                 os.sched_yield() if hasattr(os, "sched_yield") else None
             kept.append(piece.name)
             raise KeyboardInterrupt
-        stream(run, one, piece)
+        stream(run, one, piece, scale)
 
     monkeypatch.setattr(streaming, "_fold", failing)
     with pytest.raises(KeyboardInterrupt):
