@@ -127,9 +127,14 @@ class _Job:
             raise error(
                 "needs_base",
                 f"{shown(self.adapter.name)}: the names of {vocabulary} depend on the "
-                f"architecture, and what is known of it is {said}; give the base (--base)",
+                f"architecture, and what is known of it is {said}; {self.way}",
             )
         return Names(rules)
+
+    @property
+    def way(self) -> str:
+        """The command that brings in what only the base can tell; `merge --base` would fold."""
+        return f"give the base: loratools convert {shown(self.adapter.name)} --base BASE -o OUT"
 
     # --------------------------------------------------------------------------- image models
 
@@ -383,11 +388,8 @@ class _Job:
             if all(sizes[i] == n for i, n in known.items()):
                 return sizes
         lost = ", ".join(p for i, p in enumerate(found.parts) if i not in known)
-        raise error(
-            "needs_base",
-            f"{shown(found.whole)} also holds {shown(lost)}, whose size the adapter does not "
-            "say; give the base (--base)",
-        )
+        what = f"{shown(found.whole)} also holds {shown(lost)}, whose size the adapter does not say"
+        raise error("needs_base", f"{what}; {self.way}")
 
     def candidates(self, found: Found, known: Mapping[int, int], columns: int) -> Iterable[int]:
         """Rows that a whole may have, by what is known of its parts."""

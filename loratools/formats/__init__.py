@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from loratools.adapter import Adapter
-from loratools.containers.bundle import Bundle, folders, local
+from loratools.containers.bundle import Bundle, local
 from loratools.errors import error, shown
 from loratools.formats import (
     adapterhub,
@@ -59,19 +60,19 @@ def read(source: str | Path | Bundle, *, assume: Mapping[str, str] | None = None
     for form in FORMATS:
         if form.detect(bundle):
             adapter: Adapter = form.read(bundle, assume=assume or {})
-            return adapter
+            return replace(adapter, origin=bundle.origin) if bundle.origin else adapter
     inner = adapters_in(bundle)
     if len(inner) == 1:
         return read(inner[0], assume=assume)
     if inner:
-        listed = "\n".join(f"  {p}" for p in inner)
+        listed = "\n".join(f"  {one.name}" for one in inner)
         raise error("unknown_type", f"{shown(bundle.name)} holds several adapters:\n{listed}")
     raise error("unknown_type", f"{shown(bundle.name)}: {looks_like(bundle)}")
 
 
-def adapters_in(bundle: Bundle) -> list[Path]:
+def adapters_in(bundle: Bundle) -> list[Bundle]:
     """The adapters in direct sub-folders: PEFT's named adapters, a trainer's checkpoint-*."""
-    if bundle.path is None or bundle.chosen is not None:
+    if bundle.chosen is not None:
         return []
-    found = (p for p in folders(bundle.path) if any(f.detect(local(p)) for f in FORMATS))
-    return sorted(found, key=lambda p: (len(p.name), p.name))
+    inner = [bundle.inner(name) for name in sorted(bundle.folders, key=lambda n: (len(n), n))]
+    return [one for one in inner if any(f.detect(one) for f in FORMATS)]

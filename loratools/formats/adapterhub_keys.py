@@ -56,15 +56,13 @@ def part_of(key: str) -> Part | None:
     pieces = key.split(".")
     if pieces[0] == HEADS and len(pieces) > 2:
         return Part(HEADS, HEADS, pieces[1], ".".join(pieces[2:]))
-    # The last such word counts: what stands before it is a path, which may use the word too.
-    for i in range(len(pieces) - 3, 0, -1):
+    # The last such word counts: what stands before it is a path, which may use the word too. A
+    # bare model (BertModel) has nothing before it: `invertible_adapters.N.F.0.weight`.
+    for i in range(len(pieces) - 3, -1, -1):
         group = LEGACY.get(pieces[i], pieces[i])
         if group in GROUPS:
             module, leaf = ".".join(pieces[:i]), ".".join(pieces[i + 2 :])
             return Part(module, group, pieces[i + 1], leaf)
-    short = LEGACY.get(pieces[-3], pieces[-3]) if len(pieces) == 3 else ""
-    if short in GROUPS:
-        return Part("", short, pieces[1], pieces[2])
     return None
 
 

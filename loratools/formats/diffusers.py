@@ -29,6 +29,7 @@ from loratools.formats.image_keys import (
     without_twins,
 )
 from loratools.formats.reading import Reading, unwrapped
+from loratools.formats.residual import is_residual, rebase
 from loratools.names.patterns import peft_targets
 
 if TYPE_CHECKING:
@@ -125,6 +126,9 @@ def read(bundle: Bundle, *, assume: Mapping[str, str]) -> Adapter:
         within = [m.partition(".")[2] for m in found.modules if not component or m.startswith(
             f"{component}.")]  # fmt: skip
         said.judge(reading, within)
+        if is_residual(said.fields):
+            front = "diffusion_model" if native and component == "transformer" else component
+            rebase(said.fields, reading, (), f"{front}." if front else "")
     problems = reading.settle()
     config: dict[str, Any] = {}
     for component, said in settings.items():

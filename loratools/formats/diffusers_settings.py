@@ -19,8 +19,6 @@ from loratools.names.patterns import peft_value
 METADATA = "lora_adapter_metadata"
 DEFAULT = 8  # r and lora_alpha of a LoraConfig that does not say them (peft 0.21)
 PATTERNS = ("rank_pattern", "alpha_pattern")
-# Initialisations that change the base before training (peft:tuners/lora/layer.py).
-RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 RUNTIME = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 VARIANTS = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "target_parameters")
 # Fields that say how to make an adapter, which a reader of a finished one must not do again.
@@ -65,12 +63,8 @@ class Settings:
         return settle
 
     def judge(self, reading: Reading, modules: Iterable[str]) -> None:
-        """What the fields say beyond ranks: other methods, residual bases, patterns for nothing."""
+        """What the fields say beyond ranks: other methods, patterns for nothing."""
         where = f"{METADATA} of {self.component or 'the file'}"
-        init = self.fields.get("init_lora_weights")
-        if isinstance(init, str) and init.lower().startswith(RESIDUAL):
-            message = f"{where}: init_lora_weights={shown(init)}: it belongs to a residual base"
-            reading.problem("residual_base", message)
         for name in RUNTIME:
             if self.fields.get(name):
                 reading.problem("not_foldable", f"{where}: {name} is no function of a weight")

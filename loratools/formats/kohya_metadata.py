@@ -12,7 +12,7 @@ from loratools.adapter import Adapter, Kind, Leaf, LowRank, Renormed
 from loratools.containers import hashes, strict_json
 from loratools.errors import LoratoolsError, shown
 from loratools.formats.kohya_keys import LYCORIS_PARTS, OFT, part_of
-from loratools.formats.lycoris_writing import rank_of
+from loratools.kinds.ranks import rank_of, scaling_of
 
 CLAIMS = (
     "ss_sd_model_name", "ss_base_model_version", "ss_network_module", "ss_network_dim",
@@ -143,7 +143,7 @@ def fresh(
     ranked = [(rank, d) for d in deltas.values() if (rank := rank_of(d)) is not None]
     if ranked:
         made["ss_network_dim"] = _one({str(rank) for rank, _ in ranked})
-        made["ss_network_alpha"] = _one({f"{_scaling(d) * rank:.8g}" for rank, d in ranked})
+        made["ss_network_alpha"] = _one({f"{scaling_of(d) * rank:.8g}" for rank, d in ranked})
     elif made["ss_network_module"] == said:  # nothing here has a rank: nothing else can tell
         made |= {k: old[k] for k in ("ss_network_dim", "ss_network_alpha") if k in old}
     own = ("ss_network_module", "ss_network_dim")
@@ -214,11 +214,6 @@ def _algo(tensors: Mapping[str, Leaf]) -> str | None:
     if any(k.endswith(".oft_blocks") and len(leaf.shape) == 4 for k, leaf in tensors.items()):
         found = {"boft" if name == "diag-oft" else name for name in found}
     return next(iter(found)) if len(found) == 1 else None
-
-
-def _scaling(delta: Kind) -> float:
-    inner = delta.delta if isinstance(delta, Renormed) else delta
-    return float(getattr(inner, "scaling", 1.0))
 
 
 def _family(deltas: Mapping[str, Kind]) -> str:

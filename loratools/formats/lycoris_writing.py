@@ -12,11 +12,11 @@ from loratools.adapter import (
     Kind,
     Kronecker,
     Leaf,
-    LowRank,
     Renormed,
     Rotated,
     Scaled,
 )
+from loratools.kinds.ranks import rank_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,23 +44,6 @@ def held(delta: Kind) -> bool:
             return method in _CHAINS and not settings.get("turned")
         case _:
             return False
-
-
-def rank_of(delta: Kind) -> int | None:
-    """The number that its alpha is divided by; None where there is none."""
-    match delta:
-        case LowRank():
-            return delta.rank
-        case Renormed(delta=inner):
-            return rank_of(inner)
-        case Hadamard(w1_b=leaf) | Kronecker(w1_b=Leaf() as leaf) | Kronecker(w2_b=Leaf() as leaf):
-            return leaf.shape[0]
-        case Chained(method="glora of lycoris", settings=settings):
-            return int(settings["rank"])
-        case Chained(method="tlora of lycoris", parts=parts):
-            return parts["q"].shape[0]
-        case _:
-            return None
 
 
 def parts_of(delta: Kind) -> dict[str, Leaf]:

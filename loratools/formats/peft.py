@@ -30,9 +30,9 @@ from loratools.formats.peft_experts import taken
 from loratools.formats.peft_keys import TOKENS, group, is_lora
 from loratools.formats.peft_lora import read_pair
 from loratools.formats.peft_methods import COMMON, METHODS, REFUSED, Found, Method
-from loratools.formats.peft_residual import rebase
 from loratools.formats.peft_writing import beyond, disassemble, remedy_for
 from loratools.formats.reading import Reading, contents
+from loratools.formats.residual import rebase
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")

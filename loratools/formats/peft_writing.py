@@ -30,7 +30,7 @@ from loratools.formats.peft_config import VARIANTS, config_for, saves_itself, tw
 from loratools.formats.peft_experts import disassembled, pairs_of, said_by
 from loratools.formats.peft_keys import BASE, PREFIX, TOKENS, saved_stem
 from loratools.formats.peft_method_writing import CARRIED, flavour, method_config, written
-from loratools.formats.peft_residual import FIELD, REPEATABLE
+from loratools.formats.residual import FIELD, REPEATABLE
 from loratools.views import later
 
 

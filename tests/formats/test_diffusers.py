@@ -167,7 +167,7 @@ CONFLICTS = {
     ),
     "pattern": (PAIR, said(r=2, alpha_pattern={"to_z": 1}), "config_conflict", "to_z"),
     "beyond": (PAIR, said(r=2, alpha_pattern={"(?=x)": 1}), "unknown_config", "lookaround"),
-    "pissa": (PAIR, said(r=2, init_lora_weights="pissa"), "residual_base", "pissa"),
+    "corda": (PAIR, said(r=2, init_lora_weights="corda"), "residual_base", "the inputs"),
     "runtime": (PAIR, said(r=2, alora_invocation_tokens=[1]), "not_foldable", "alora"),
     "no magnitude": (PAIR, said(r=2, use_dora=True), "missing", "no magnitude"),
     "magnitude": (

@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import diffusers
 import peft
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 import loratools
 from loratools import LoratoolsError, convert, load, merge, save
 from loratools.adapter import Chained, LowRank
+from tests.oracle import image_models
 
 transformers.logging.disable_progress_bar()
 
@@ -270,3 +272,28 @@ def test_wide_and_high_weights(tmp_path):
         pair = 0.5 * b.tensor().double() @ a.tensor().double()
         found = materialise(Chained("pissa", {"a": a, "b": b}, 0.5), w0)
         assert torch.allclose(found, pair - top, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["sd1", "flux"])
+def test_the_residual_of_an_image_model_is_found_again(kind, init, tmp_path):
+    """diffusers keeps PEFT's config in the file's metadata."""
+    targets = ["to_q", "to_k", "to_v"]
+    config = peft.LoraConfig(r=2, lora_alpha=3, init_lora_weights=init, target_modules=targets)
+    image_models.make(kind).save_pretrained(tmp_path / "base")
+    wrapped = image_models.trained(kind, config)
+    component = image_models.component_of(kind)
+    getattr(diffusers, image_models.PIPELINES[kind]).save_lora_weights(
+        tmp_path / "a",
+        **{
+            f"{component}_lora_layers": peft.get_peft_model_state_dict(
+                wrapped, adapter_name="default"
+            ),
+            f"{component}_lora_adapter_metadata": wrapped.peft_config["default"].to_dict(),
+        },
+    )
+    merge([tmp_path / "a"], base=tmp_path / "base", out=tmp_path / "out")
+    plain = image_models.make(kind)
+    before = image_models.outputs(kind, plain)
+    found = image_models.outputs(kind, type(plain).from_pretrained(tmp_path / "out").eval())
+    close(found, image_models.outputs(kind, wrapped), before)

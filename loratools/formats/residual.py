@@ -1,4 +1,4 @@
-"""PEFT's initialisations that change the base before training, and what can be made of them."""
+"""Initialisations of PEFT that change the base before training, and what can be made of them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,26 @@ WHY = {
 }
 
 
-def rebase(config: Mapping[str, Any], reading: Reading, embeddings: Collection[str]) -> bool:
+def is_residual(config: Mapping[str, Any]) -> bool:
+    """Whether a config names an initialisation that changed the base before training."""
+    init = config.get(FIELD)
+    return isinstance(init, str) and init.lower().startswith(RESIDUAL)
+
+
+def rebase(
+    config: Mapping[str, Any], reading: Reading, embeddings: Collection[str], front: str = ""
+) -> bool:
     """Make pairs that fit a residual base into functions of the plain one, where it can be had.
 
-    Whether there are such pairs. `--assume residual=given`: the base to come is the residual one
-    already. PEFT starts embeddings as ever, whatever the config says.
+    Whether there are such pairs; `front` begins the keys that the config speaks of. `--assume
+    residual=given`: the base to come is the residual one already. PEFT starts embeddings as ever,
+    whatever the config says.
     """
     init, said = config.get(FIELD), reading.assume.get("residual")
     if said not in (None, "given"):
         raise error("usage", f"--assume residual={shown(said)}: expected given")
     name = init.lower() if isinstance(init, str) else ""
-    if not name.startswith(RESIDUAL):
+    if not is_residual(config):
         if said is not None:
             message = f"--assume residual={said}, but {FIELD} is {shown(init)}: it left the base"
             raise error("usage", f"{message} as it was")
@@ -39,7 +48,7 @@ def rebase(config: Mapping[str, Any], reading: Reading, embeddings: Collection[s
     keys = [
         key
         for key, delta in reading.deltas.items()
-        if isinstance(delta, LowRank | Renormed) and key not in embeddings
+        if isinstance(delta, LowRank | Renormed) and key not in embeddings and key.startswith(front)
     ]
     if said is not None:
         message = f"{FIELD}={shown(init)}: taken as trained on the base that is given"
