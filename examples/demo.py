@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -76,8 +77,45 @@ def main() -> None:
         print("\nWhat was written is what the maths says:")
         run("verify model --require replay")
         compare(Path(BASE), Path("docstrings"), Path("prose"), Path("model"))
+        publish()
         os.chdir(before)
     print(f"\nDone in {time.perf_counter() - start:.0f} s.")
+
+
+def publish() -> None:
+    """Push a merged adapter to a Hub on this machine, and verify what comes back from there."""
+    sys.path.insert(0, str(HERE.parent))
+    from tests.hub_repos import Account
+    from tests.hub_server import WRITE, HubServer
+
+    push = "push both demo/both --base-model sentence-transformers/all-MiniLM-L6-v2"
+    push += " --license apache-2.0"
+    try:
+        server = HubServer()
+    except OSError as cause:
+        print(f"\nNo port is to be had here ({cause}): what a push would publish, and no more.")
+        run(f"{push} --dry-run")
+        return
+    print("\nPublished, to a Hub that runs on this machine, and verified as it comes back:")
+    with server, tempfile.TemporaryDirectory() as home:
+        server.tokens[WRITE] = Account("demo")
+        said = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": home,
+            "HF_TOKEN": WRITE,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        # Children, because the Hub's client reads all of this when it is imported.
+        for command in (push, "inspect demo/both", "verify demo/both"):
+            print(f"\n$ loratools {command}", flush=True)
+            program = "import sys; from loratools.cli import main; sys.exit(main())"
+            words = [sys.executable, "-c", program, *shlex.split(command)]
+            if subprocess.run(words, env={**os.environ, **said}, check=False).returncode:
+                sys.exit(f"demo: `loratools {command}` failed")
 
 
 def compare(base: Path, one: Path, two: Path, folded: Path) -> None:

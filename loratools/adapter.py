@@ -367,6 +367,19 @@ class Original(dict[str, Leaf]):
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where on the Hub something was read: one commit of a repository, and what was named in it."""
+
+    repo: str
+    commit: str
+    inside: str = ""  # a folder or a file; "" is the whole repository
+
+    def __str__(self) -> str:
+        """As it is typed to get the same bytes again."""
+        return f"{self.repo}@{self.commit}{':' if self.inside else ''}{self.inside}"
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """An adapter as published: deltas by address, and everything its files said.
 
@@ -388,6 +401,7 @@ class Adapter:
     # The file's tensors, where deltas are not simply these: written back while deltas are as read.
     original: Mapping[str, Leaf] = field(default_factory=dict)
     runtime: Runtime | None = None
+    origin: Origin | None = None
 
     @property
     def kinds(self) -> dict[str, int]:

@@ -6,21 +6,27 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratools._version import VERSION
-from loratools.adapter import Adapter, leaves
+from loratools.adapter import Adapter, Origin, Source, leaves
+from loratools.containers.bundle import Bundle, local
 from loratools.containers.local import LocalFile
 from loratools.containers.strict_json import loads
-from loratools.errors import Problem, error, shown
+from loratools.errors import LoratoolsError, Problem, error, shown
 from loratools.weights.base import Base
 
 NAME = "loratools.json"
 LIMIT = 100_000_000  # bytes of a receipt: one line of 200 bytes for each tensor of a large model
 HASHES = {"full": True, "auto": None, "none": False}  # whole files; None: by their size
 FULL_HASH = 1_000_000_000  # outputs up to this size get a whole-file sha256 by default
+# What is passed on of an input's inputs.
+ANCESTOR = (
+    "role", "source", "id", "revision", "inside", "format", "weight", "fingerprint", "into",
+)  # fmt: skip
+ANCESTORS = 1000
 SAMPLES = 16  # places of a shard that a base's fingerprint looks at
 SAMPLE = 4096
 
@@ -30,8 +36,9 @@ def fingerprint(adapter: Adapter) -> str:
     found = hashlib.sha256(json.dumps(adapter.config, sort_keys=True).encode())
     for delta_key in sorted(adapter.deltas):
         for leaf in leaves(adapter.deltas[delta_key]):
-            if isinstance(leaf.source, LocalFile):
-                found.update(leaf.source.fingerprint().encode())
+            whole = getattr(leaf.source, "fingerprint", None)  # of a file, here or on the Hub
+            if whole is not None:
+                found.update(whole().encode())
                 return found.hexdigest()
             found.update(f"{delta_key} {leaf.dtype} {leaf.shape}".encode())
             found.update(leaf.read())
@@ -65,7 +72,8 @@ def adapter_entry(
 ) -> dict[str, Any]:
     """One adapter as an input, with its weight or those of its parts, and blocks left out."""
     entry: dict[str, Any] = {
-        "source": named(adapter.name),
+        "source": str(adapter.origin or named(adapter.name)),
+        **on_hub(adapter.origin),
         "format": adapter.format,
         "weight": weight,
         "fingerprint": fingerprint(adapter),
@@ -74,19 +82,87 @@ def adapter_entry(
         entry["left_out"] = list(left_out)
     if adapter.assumed:
         entry["assumed"] = dict(adapter.assumed)
+    if adapter.folder is not None and adapter.files:
+        folder = local(adapter.folder)
+        beside = [replace(folder, chosen=adapter.files[0]), folder]
+        entry |= _descent(beside, adapter.files[:1], entry["fingerprint"])
     return entry
 
 
 def base_entry(base: Base) -> dict[str, Any]:
     """The base as an input."""
-    return {
-        "source": named(base.name),
+    origin = base.bundle.origin
+    entry = {
+        "source": str(origin or named(base.name)),
         "id": base.id,
+        **on_hub(origin),
         "fingerprint": base_fingerprint(base),
         "shards": {
             s.name: {"size": base.bundle.open(s.name).size, "header": s.digest} for s in base.shards
         },
     }
+    beside = [base.bundle, replace(base.bundle, chosen=None)]
+    return entry | _descent(beside, [s.name for s in base.shards], str(entry["fingerprint"]))
+
+
+def _descent(bundles: Sequence[Bundle], files: Sequence[str], fingerprint: str) -> dict[str, Any]:
+    """What an input's own receipt says it was made from, and they from theirs: one flat list.
+
+    It is asked only where its outputs are the files at hand; else the entry says why not.
+    """
+    try:
+        for bundle in bundles:
+            made = of(bundle)
+            outputs = made.get("outputs") if made is not None else None
+            if made is None or not isinstance(outputs, Mapping) or files[0] not in outputs:
+                continue
+            if not all(_is_output(bundle.open(file), outputs.get(file)) for file in files):
+                return {"receipt": "of other bytes, not followed"}
+            found = made_from(made, fingerprint)
+            return {"ancestors": found} if found else {}
+    except LoratoolsError as cause:
+        return {"receipt": f"not followed: {cause.message}"}
+    return {}
+
+
+def _is_output(file: Source, said: Any) -> bool:
+    if not isinstance(said, Mapping) or said.get("size") != file.size:
+        return False
+    whole, due = getattr(file, "fingerprint", None), said.get("sha256")
+    return whole is None or due is None or file.size > FULL_HASH or whole() == due
+
+
+def made_from(receipt: Receipt, into: str | None = None) -> list[dict[str, Any]]:
+    """All that went into an output: its inputs and their ancestors, each once.
+
+    Each has its `role` in the recipe, and in `into` the fingerprint of what was made from it.
+    """
+    recipe = receipt.get("recipe")
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for key, value in recipe.items() if isinstance(recipe, Mapping) else ():
+        for entry in value if isinstance(value, list) else [value]:
+            if not isinstance(entry, Mapping) or "fingerprint" not in entry:
+                continue  # no input
+            older = entry.get("ancestors")
+            one = {"role": str(key).removesuffix("s"), **entry, "into": into}
+            for each in (one, *(older if isinstance(older, list) else ())):
+                if isinstance(each, Mapping):
+                    kept = {
+                        k: each[k] for k in ANCESTOR if isinstance(each.get(k), str | int | float)
+                    }
+                    mark = tuple(str(kept.get(k)) for k in ("source", "fingerprint", "into"))
+                    found.setdefault(mark, kept)
+            if len(found) > ANCESTORS:
+                raise error("malformed", f"{shown(receipt.path)}: over {ANCESTORS} ancestors")
+    return list(found.values())
+
+
+def on_hub(origin: Origin | None) -> dict[str, str]:
+    """The id and the commit of an input that was read from the Hub, and the place within."""
+    if origin is None:
+        return {}
+    place = {"inside": origin.inside} if origin.inside else {}
+    return {"id": origin.repo, "revision": origin.commit, **place}
 
 
 def arithmetic(device: str) -> dict[str, Any]:
@@ -174,20 +250,29 @@ def read(output: str | Path) -> Receipt | None:
     beside = path / NAME if path.is_dir() else path.with_name(f"{path.name}.{NAME}")
     if path.name == NAME or path.name.endswith(f".{NAME}"):
         beside = path
-    if not beside.is_file():
+    return _parsed(LocalFile(beside), beside) if beside.is_file() else None
+
+
+def of(bundle: Bundle) -> Receipt | None:
+    """The receipt of what stands at a source, here or on the Hub, or None."""
+    name = NAME if bundle.chosen is None else f"{bundle.chosen}.{NAME}"
+    if name not in bundle:
         return None
-    table = loads(LocalFile(beside).read(0, beside.stat().st_size), str(beside), limit=LIMIT)
+    return _parsed(bundle.open(name), (bundle.path or Path(bundle.name)) / name)
+
+
+def _parsed(source: Source, path: Path) -> Receipt:
+    if source.size > LIMIT:
+        raise error("malformed", f"{shown(path)} has {source.size} bytes, {LIMIT} at most")
+    table = loads(source.read(0, source.size), str(path), limit=LIMIT)
     if not isinstance(table, dict) or table.get("schema") != 1:
-        raise error("malformed", f"{shown(beside)} is no receipt of schema 1")
-    return Receipt(beside, table)
+        raise error("malformed", f"{shown(path)} is no receipt of schema 1")
+    return Receipt(path, table)
 
 
 def merged_before(base: Base, adapters: Sequence[Adapter]) -> list[Problem]:
     """Adapters that the base's own receipt names among those folded into it."""
-    folder, file = base.bundle.path, base.bundle.chosen
-    if folder is None:
-        return []
-    receipt = (read(folder / file) if file else None) or read(folder)
+    receipt = of(base.bundle) or of(replace(base.bundle, chosen=None))
     entries = receipt.get("recipe", "adapters") if receipt else None
     before = {e.get("fingerprint") for e in entries or [] if isinstance(e, Mapping)}
     return [

@@ -6,10 +6,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.hub_fixture import Hub, running
 
 # Same examples on every run, and no verdict that depends on how busy the machine is.
 settings.register_profile(
@@ -32,6 +35,13 @@ REASONS = {
 def field_data() -> Path:
     """The folder of real files that others made; a test that asks for it is marked `field`."""
     return FIELD
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub on loopback that this process and its children use, with an empty cache of its own."""
+    with running(tmp_path_factory.mktemp("hf_home"), monkeypatch) as server:
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
