@@ -12,8 +12,10 @@ _PLACES = {
     "check": "loratools.commands.check",
     "convert": "loratools.commands.convert",
     "explain": "loratools.commands.explain",
+    "export": "loratools.commands.export",
     "inspect": "loratools.commands.inspect",
     "merge": "loratools.commands.merge",
+    "push": "loratools.commands.push",
     "verify": "loratools.commands.verify",
     "fold_into": "loratools.memory",
     "fold_tensors": "loratools.memory",
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     from loratools.commands.check import check as check
     from loratools.commands.convert import convert as convert
     from loratools.commands.explain import explain as explain
+    from loratools.commands.export import export as export
     from loratools.commands.inspect import inspect as inspect
     from loratools.commands.merge import merge as merge
+    from loratools.commands.push import push as push
     from loratools.commands.verify import verify as verify
     from loratools.errors import LoratoolsError as LoratoolsError
     from loratools.errors import Problem as Problem

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loratools import kinds
@@ -21,7 +21,13 @@ from loratools.adapter import (
 )
 from loratools.errors import Problem, shown
 from loratools.experts import ambiguous, is_transposed
-from loratools.findings import about_base, about_components, base_names, unmatched
+from loratools.findings import (
+    about_base,
+    about_components,
+    absent_from_graph,
+    base_names,
+    unmatched,
+)
 from loratools.fitting import fitted
 from loratools.names.checkpoints import DENOISERS, Addresses, Checkpoint
 from loratools.names.gguf import differing
@@ -136,14 +142,19 @@ def _fit(one: _Binding, chosen: Callable[[str], bool]) -> None:
             one.left_out += 1
         elif target in there:
             _place(one, key, target, weight)
-        elif one.addresses is None and _may_be_new(key, adapter):
+        elif one.addresses is None and base.graph is None and _may_be_new(key, adapter):
             _new_head(one, key, name, weight)
         elif may_be_absent(key, adapter):
             one.left_out += 1
         else:
             lost[key] = target
     known = one.addresses.roots if one.addresses else ()
-    found = [] if not lost else unmatched(lost, there, len(keys) - one.left_out, known)
+    wanted = len(keys) - one.left_out
+    found: Iterable[Problem] = ()
+    if lost and base.graph is not None:
+        found = absent_from_graph(lost, base, wanted)
+    elif lost:
+        found = unmatched(lost, there, wanted, known)
     said = [*found, *base_names(adapter, base)]
     one.problems += (replace(p, adapter=adapter.name) for p in said)
     if one.adapter.format == "gguf" and (other := differing(one.adapter.config, one.base.config)):
@@ -209,6 +220,10 @@ def _place(one: _Binding, key: str, target: str, weight: float) -> None:
         message = f"{shown(target)} is {leaf.dtype} with {shown(scale)}: numbers and their scale"
         one.problem("quantised_base", message, target)
         return
+    doubt = one.base.graph.found.ambiguous.get(target) if one.base.graph else None
+    if doubt is not None:
+        one.problem("graph_changed", f"{shown(target)}: {doubt}", target)
+        return
     transposed = _is_transposed(one, key, target, leaf)
     delta = _widened(one, target, delta, leaf)
     if not _shape_fits(one, target, delta, leaf, transposed):
@@ -229,6 +244,9 @@ def _is_transposed(one: _Binding, key: str, target: str, leaf: Leaf) -> bool:
         return _turned_unseen(one, delta, target, leaf)
     if shape is None or len(shape) != 2 or len(leaf.shape) != 2:
         return False
+    seen = None if one.base.graph is None else one.base.graph.in_out.get(target)
+    if seen is not None:  # a graph shows how its products take their weights
+        return seen
     says = config.get("fan_in_fan_out") is True
     if one.base.config.get("model_type"):
         is_conv1d = one.base.is_conv1d and last(target) in CONV1D_LAYERS
@@ -251,6 +269,8 @@ def _turned_unseen(one: _Binding, delta: Relative, target: str, leaf: Leaf) -> b
     """Whether a weight is stored (in, out), where the delta knows no more than one of its sides."""
     if len(leaf.shape) != 2:
         return False
+    if one.base.graph is not None and target in one.base.graph.in_out:
+        return one.base.graph.in_out[target]
     if one.base.config.get("model_type"):
         return one.base.is_conv1d and last(target) in CONV1D_LAYERS
     fits, turned = (kinds.fits(delta, s) is None for s in (leaf.shape, leaf.shape[::-1]))

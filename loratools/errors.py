@@ -93,8 +93,16 @@ class ProofError(LoratoolsError):
     """Exit 8: the proof failed."""
 
 
+class AccessError(LoratoolsError):
+    """Exit 9: who you are, or what you may do on the Hub."""
+
+
 class NotFoundError(LoratoolsError):
-    """Exit 10: a source does not exist."""
+    """Exit 10: a source does not exist, or is gated."""
+
+
+class NetworkError(LoratoolsError):
+    """Exit 11: the network, or offline mode."""
 
 
 _CLASSES: dict[int, type[LoratoolsError]] = {
@@ -105,7 +113,9 @@ _CLASSES: dict[int, type[LoratoolsError]] = {
     6: StorageError,
     7: OutputError,
     8: ProofError,
+    9: AccessError,
     10: NotFoundError,
+    11: NetworkError,
 }
 
 

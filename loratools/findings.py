@@ -81,6 +81,53 @@ def unmatched(
     )
 
 
+def absent_from_graph(lost: Mapping[str, str], base: Base, total: int) -> Iterator[Problem]:
+    """Deltas (key → target) without a tensor in a graph: pruned ones, and those it was fused over.
+
+    Pruned are modules that no node comes from, neither they nor what is around them: their
+    outputs are not among the graph's.
+    """
+    assert base.graph is not None
+    found = base.graph.found
+    modules = found.paths | {name.rpartition(".")[0] for name in base.tensors}
+    around = {m[:i] for m in modules for i, c in enumerate(m) if c == "."} | modules
+    told = bool(found.paths) or found.listed
+    whole = told and not found.fused and not found.gone
+    others = [t for t in lost.values() if t in found.others]
+    if others:
+        first = others[0]
+        message = (
+            f"{len(others)} of {total} target weights are not the reference's (first: "
+            f"{shown(first)}): {found.others[first]}"
+        )
+        remedy = "name the model that this graph was exported from as --reference"
+        yield Problem("other_base", message, target=first, remedy=remedy)
+    pruned: list[str] = []
+    changed: list[str] = []
+    for target in lost.values():
+        if target in found.others:
+            continue
+        module = target.rpartition(".")[0]
+        above = module.rpartition(".")[0]
+        here = module in around or (above != "" and above in around)
+        absent = whole and not here and target not in found.ambiguous
+        (pruned if absent else changed).append(target)
+    if changed:
+        first, name = changed[0], shown(base.name)
+        doubt = found.ambiguous.get(first)
+        message = (
+            f"{len(changed)} of {total} target weights were not found in {name} (first: "
+            f"{shown(first)}{f'; {doubt}' if doubt else ''}); the graph looks fused or quantised, "
+            "or is of another model"
+        )
+        remedy = "export the base without fusing and fold into that, or name its --reference"
+        yield Problem("graph_changed", message, target=first, remedy=remedy)
+    for target in pruned:
+        message = f"{shown(target)} is not in {shown(base.name)}: no node comes from its module"
+        remedy = f'--allow "unmatched:{shown(target)}" leaves it out: the graph never computes it'
+        yield Problem("unmatched", message, target=target, remedy=remedy)
+
+
 def base_names(adapter: Adapter, base: Base) -> Iterator[Problem]:
     """A difference of names is a hint, and only where both are Hub ids."""
     said, own = adapter.config.get("base_model_name_or_path"), base.id

@@ -21,6 +21,8 @@ UNION = "union"
 AVERAGED = frozenset({PREFIX, PROMPT, "P-tuning", BOTTLENECK})
 # Whose virtual tokens may stand one after another.
 JOINED = frozenset({PREFIX, PROMPT, "P-tuning"})
+# What `export` puts into a graph (exporting/with_runtime.py).
+IN_GRAPHS = frozenset({PREFIX, "cartridge", PROMPT, "P-tuning", "CPT", BOTTLENECK, COMPACTER})
 _LAYER = re.compile(r"^(?:[^.\d][^.]{0,200}\.){0,12}\d{1,6}(?=\.|$)")
 
 
@@ -43,8 +45,11 @@ WHY = {
     "Lily": "a router mixes its experts for every token",
 }
 REMEDY = (
-    "run it with the library that wrote it; a computation graph can carry it, a weight cannot "
-    "(`loratools check --base` tells whether it fits a base)"
+    "run it with the library that wrote it (`loratools check --base` tells whether it fits a base)"
+)
+REMEDY_IN_GRAPHS = (
+    "a graph can carry it, a weight cannot: `loratools export BASE --adapter ADAPTER -o OUT`; or "
+    f"{REMEDY}"
 )
 
 
@@ -52,7 +57,8 @@ def refusal(method: str, words: str, name: str) -> Problem:
     """Why a fold is refused, and what to do instead."""
     why = WHY.get(method, "it acts where the model runs")
     message = f"{words} acts where the model runs and is no change of a weight: {why}"
-    return Problem("not_foldable", message, "error", name, None, REMEDY)
+    remedy = REMEDY_IN_GRAPHS if method in IN_GRAPHS else REMEDY
+    return Problem("not_foldable", message, "error", name, None, remedy)
 
 
 def layer_of(module: str) -> str | None:

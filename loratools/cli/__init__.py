@@ -87,6 +87,8 @@ def _say_stopped(arguments: Sequence[str], status: int) -> None:
     word = "interrupted" if status == INTERRUPTED else "terminated"
     if arguments[:1] == ["merge"]:
         word += "; run the same command again: a fold goes on after its finished shards"
+    if arguments[:1] == ["push"]:
+        word += "; run the same command again: what arrived is not sent twice"
     tell(word)
     if "--json" in arguments:
         failed("interrupted", status, word)

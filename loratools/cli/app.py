@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from loratools.cli import check, convert, elsewhere, explain, inspect, merge, options, verify
+from loratools.cli import (
+    check,
+    convert,
+    elsewhere,
+    explain,
+    export,
+    inspect,
+    merge,
+    options,
+    push,
+    verify,
+)
 from loratools.cli.pages import page
 from loratools.cli.screen import say, width
 
@@ -21,7 +32,9 @@ COMMANDS: dict[str, ModuleType] = {
     "check": check,
     "merge": merge,
     "convert": convert,
+    "export": export,
     "verify": verify,
+    "push": push,
     "explain": explain,
 }
 SHOWN_VERSIONS = ("loratools", "python", "torch", "safetensors", "numpy", "huggingface_hub")

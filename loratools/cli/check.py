@@ -45,6 +45,7 @@ def command(
     adapters: options.Adapters,
     base: options.Base = None,
     data: Data = False,
+    reference: options.Reference = None,
     reader: For = None,
     assume: options.Assume = None,
     only: options.Only = None,
@@ -79,6 +80,7 @@ def command(
         fail_on=fail_on or (),
         assume=assume or (),
         for_=reader,
+        reference=reference,
     )
     errors = [p for p in result.problems if p.severity == "error"]
     table = result.as_json()

@@ -20,9 +20,11 @@ EXITS = {
     4: "adapter and base do not fit",
     5: "refused because the result would lose something or very likely be wrong",
     6: "reading or writing failed: disk full, permission, an input changed meanwhile",
-    7: "the output exists or is locked",
+    7: "the output exists or is locked; the Hub moved on meanwhile",
     8: "the proof failed",
-    10: "not found",
+    9: "authentication or permission on the Hub",
+    10: "not found, or gated",
+    11: "network, or offline",
     130: "interrupted",
     143: "terminated",
 }

@@ -9,7 +9,6 @@ import typer
 from loratools.errors import error
 
 FOLD = "folding is: loratools merge ADAPTER --base BASE -o OUT"
-UPLOAD = "an output is ready for: hf upload ORG/NAME OUT"
 INSTEAD = {
     "fold": FOLD,
     "fuse": FOLD,
@@ -17,13 +16,12 @@ INSTEAD = {
     "resize": "another rank is: loratools convert ADAPTER --rank N -o OUT",
     "validate": "checking is: loratools check ADAPTER --base BASE",
     "diff": "comparing adapters is `compare`, which this version does not have",
-    "upload": f"publishing is `push`, which this version does not have; {UPLOAD}",
+    "upload": "publishing is: loratools push OUT ORG/NAME",
+    "publish": "publishing is: loratools push OUT ORG/NAME",
 }
 LATER = {
     "extract": "it makes no adapter of a fine-tuned model",
-    "export": "it writes no ONNX graphs",
     "compare": "it measures no overlap of adapters",
-    "push": UPLOAD,
 }
 
 

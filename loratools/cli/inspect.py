@@ -48,7 +48,9 @@ class Order(StrEnum):
 
 Paths = Annotated[
     list[str],
-    typer.Argument(metavar="PATH...", help="Adapters, or folders of adapters."),
+    typer.Argument(
+        metavar="PATH...", help=f"Adapters, folders of adapters, or {options.ON_THE_HUB}."
+    ),
 ]
 Sort = Annotated[
     Order | None,

@@ -106,6 +106,7 @@ def command(
     adapters: options.WeightedAdapters = None,
     base: options.Base = None,
     out: Out = None,
+    reference: options.Reference = None,
     to: options.To = None,
     recipe: Recipe = None,
     tokenizer: Tokenizer = None,
@@ -169,6 +170,7 @@ def command(
             threads=threads,
             hash=hash.value,
             recipe=recipe,
+            reference=reference,
             progress=told,
         )
     if as_json:

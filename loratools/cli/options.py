@@ -36,22 +36,40 @@ class Hashes(StrEnum):
 
 # ------------------------------------------------------------------------------- sources, output
 
+# An existing path wins over an id of the same name.
+ON_THE_HUB = "org/name[@revision][:path/inside] on the Hub"
 Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER...", help="Adapters: folders or files.")
+    list[str],
+    typer.Argument(metavar="ADAPTER...", help=f"Adapters: folders, files, or {ON_THE_HUB}."),
 ]
 WeightedAdapters = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="ADAPTER...", help="Adapters: folders or files; PATH:0.7 gives one its weight."
+        metavar="ADAPTER...",
+        help=f"Adapters: folders, files, or {ON_THE_HUB}; PATH:0.7 gives one its weight.",
     ),
 ]
 Base = Annotated[
     str | None,
     typer.Option(
-        "--base", "-b", metavar="BASE", help="The base model: a folder or a file of weights.",
+        "--base",
+        "-b",
+        metavar="BASE",
+        help="The base model: a folder or a file of weights, an id on the Hub, or auto: the one "
+        "that the adapters name.",
         rich_help_panel=FILES,
     ),
-]  # fmt: skip
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="MODEL",
+        help="The model that an ONNX graph was exported from: its weights are found in the graph, "
+        "and confirmed, by their content.",
+        rich_help_panel=FILES,
+    ),
+]
 Out = Annotated[
     str,
     typer.Option(

@@ -168,7 +168,10 @@ def refused(cause: LoratoolsError, *, as_json: bool, command: str = "loratools")
     """Tell an error: all its problems on stderr, and for `--json` the object on stdout."""
     lines = problem_lines(cause.problems)
     if len(cause.problems) > 1:
-        lines.append(f"{counted(cause.problems)}; nothing was written")
+        # A proof that failed is of what was written.
+        verb = "sent" if command.endswith(" push") else "written"
+        end = "" if cause.exit == 8 else f"; nothing was {verb}"
+        lines.append(counted(cause.problems) + end)
     for line in lines:
         tell(line.replace("loratools COMMAND", command))
     if as_json:

@@ -16,7 +16,7 @@ from loratools.errors import shown
 
 EXAMPLES = """\
 loratools verify folded
-loratools verify folded --require replay      # all inputs must be there
+loratools verify folded --key public.pem      # model.sig, over all its files
 loratools verify model --base base --adapter my-lora"""
 
 
@@ -28,7 +28,11 @@ class Proofs(StrEnum):
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="OUT", help="The output to prove, or the fold of another tool.")
+    str,
+    typer.Argument(
+        metavar="OUT",
+        help=f"The output to prove, or the fold of another tool; also {options.ON_THE_HUB}.",
+    ),
 ]
 Adapter = Annotated[
     list[str] | None,
@@ -50,6 +54,17 @@ Require = Annotated[
 ]
 
 
+Key = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        metavar="PUBLIC.pem",
+        help="Check the folder's signature, model.sig, with this public key.",
+        rich_help_panel=options.FILES,
+    ),
+]
+
+
 def command(
     model: Model,
     base: options.Base = None,
@@ -61,6 +76,7 @@ def command(
     untie: options.Untie = False,
     allow: options.Allow = None,
     require: Require = None,
+    key: Key = None,
     quiet: options.Quiet = False,
     how: options.Progress = options.Bars.auto,
     as_json: options.Json = False,
@@ -82,6 +98,7 @@ def command(
             adapters=adapter or (),
             weights=parsed(weights),
             require=require and require.value,
+            key=key,
             only=only or (),
             skip=skip or (),
             tied=tied,
@@ -112,7 +129,9 @@ def _verdict(table: Mapping[str, Any]) -> None:
             say(f"  strength: {unclear}")
     for note in table["notes"]:
         say(f"  {safe(note)}")
-    checked = f"{table['checked']} tensors checked"
+    checked = f"{table['checked']} {table['unit']} checked"
+    if table["proved"] == "signature":
+        checked = f"{table['signed']} signed files"
     if table["ok"]:
         say(strong(f"proved by {table['proved']}") + f": {checked}")
     else:

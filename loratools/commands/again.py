@@ -37,10 +37,12 @@ def recipe_arguments(
         raise error("not_found", "; ".join(proof.notes))
     entries = proof.part("recipe", "adapters", kind=list)
     ties = recipe.get("ties")
+    model = sources.reference() if over is not None and over.graph is not None else None
     return {
         **{key: recipe[key] for key in SAID if recipe.get(key)},
         "adapters": [a.name for a in loaded],
         "base": None if over is None else over.name,
+        "reference": None if model is None else model.name,
         "weights": [e["weight"] for e in entries],
         "tied": ties == "tied",
         "untie": ties == "untied",

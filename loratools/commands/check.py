@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loratools import formats
 from loratools.adapter import Adapter
 from loratools.bind import bind
-from loratools.commands import runtimes
+from loratools.commands import runtimes, sources
 from loratools.commands.inspect import as_json
 from loratools.commands.judging import Choice, assumptions, judge
 from loratools.commands.readers import Reader, findings
 from loratools.commands.weighing import Weight, require_used
-from loratools.errors import Problem
+from loratools.errors import LoratoolsError, Problem, error
 from loratools.plan import Plan, Ties
-from loratools.weights.base import Base, headers
+from loratools.weights.base import Base
 
 # Problems that only a fold has.
 FOLD_ONLY = ("not_foldable", "residual_base")
@@ -63,18 +62,22 @@ def check(
     fail_on: Sequence[str] = (),
     assume: Sequence[str] = (),
     for_: str | None = None,
+    reference: str | Path | None = None,
 ) -> CheckResult:
     """Find every problem of fitting `adapters` to `base` at once, without reading a weight.
 
     With `data` the adapters' numbers are read too (NaN, infinity, untrained factors), and a sample
     of the base's rows (`large_update`). With `for_`, a reader such as "vllm@0.11" (READERS), what
     that program refuses, ignores or misreads is found too, and `line` says how to load them there
-    (specs/readers.md). Nothing is raised for a problem found: see `ok`; malformed
-    files raise MalformedError, missing ones NotFoundError.
+    (specs/readers.md). With `reference`, the model that `base`, a graph, was exported from, its
+    weights are found and confirmed by their content. Nothing is raised for a problem found: see
+    `ok`; malformed files raise MalformedError, missing ones NotFoundError.
     """
     reader = Reader.of(for_) if for_ is not None else None
-    loaded = load_all(adapters, assume)
-    base = headers(base) if isinstance(base, str | Path) else base
+    loaded = load_all(adapters, assume, whole=data or reader is not None)
+    base = sources.base(base, loaded) if isinstance(base, str | Path) else base
+    if reference is not None:
+        base, _ = referred(base, reference)
     plan, problems = fit(
         loaded, base, weights=None, only=only, skip=skip, ties=ties_from(tied, untie)
     )
@@ -104,20 +107,32 @@ def check(
     )
 
 
+def referred(base: Base | None, reference: str | Path) -> tuple[Base, dict[str, Any]]:
+    """A graph with its weights found in the model it was exported from, and that as an input."""
+    from loratools import receipt
+    from loratools.exporting.graph_reference import confirmed
+
+    if base is None:
+        raise error("usage", "--reference says what a graph was exported from: name it by --base")
+    over = sources.here(base)
+    model = sources.here(sources.base(reference))
+    return confirmed(over, model), receipt.base_entry(model)
+
+
 def ties_from(tied: bool, untie: bool) -> Ties | None:
     """`--tied` and `--untie` as one value; both together are a usage error."""
     if tied and untie:
-        from loratools.errors import error
-
         raise error("usage", "--tied and --untie exclude each other")
     return "tied" if tied else "untied" if untie else None
 
 
-def load_all(adapters: Sequence[str | Path | Adapter], assume: Sequence[str]) -> list[Adapter]:
-    """Adapters from paths (or as they are, in memory)."""
+def load_all(
+    adapters: Sequence[str | Path | Adapter], assume: Sequence[str], *, whole: bool = True
+) -> list[Adapter]:
+    """Adapters from their sources (or as they are, in memory); without `whole` headers suffice."""
     given = assumptions(assume, len(adapters))
     return [
-        a if isinstance(a, Adapter) else formats.read(a, assume=g)
+        a if isinstance(a, Adapter) else sources.adapter(a, g, whole=whole)
         for a, g in zip(adapters, given, strict=True)
     ]
 
@@ -138,7 +153,7 @@ def fit(
         choice.require_used(names)
         own = [p for a in adapters for p in a.problems if p.code not in FOLD_ONLY]
         return None, own
-    over = base if isinstance(base, Base) else headers(base)
+    over = base if isinstance(base, Base) else sources.base(base, adapters)
     seen: list[str] = []
 
     def chosen(*names: str) -> bool:
@@ -150,4 +165,12 @@ def fit(
     require_used(weights or (), [a.name for a in adapters][: len(weights or ())])
     from loratools.receipt import merged_before
 
-    return plan, [*plan.problems, *merged_before(over, adapters)]
+    problems = [*plan.problems, *merged_before(over, adapters)]
+    if over.graph is not None and not any(p.severity == "error" for p in problems):
+        from loratools.exporting.into_graph import laid_out
+
+        try:
+            laid_out(plan, {})
+        except LoratoolsError as cause:
+            problems.append(Problem(cause.code, cause.message))
+    return plan, problems

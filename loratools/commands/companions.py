@@ -75,13 +75,15 @@ def plan_companions(
         _pipeline(plan.base, found, folder, dtype)
         return found
     for path in sorted(folder.iterdir()):
-        if path.is_file() and _is_companion(path):
+        if path.is_file() and is_companion(path.name, path.stat().st_size):
             found.files[path.name] = path
             if path.suffix == ".py":
                 found.notes.append(f"{path.name} is copied; it is code that loading may run")
     for inner in folders(folder):
         files = [p for p in inner.rglob("*") if p.is_file()]
-        if len(files) <= 100 and all(_is_companion(p) and p.stat().st_size < 1e6 for p in files):
+        if len(files) <= 100 and all(
+            is_companion(p.name, p.stat().st_size) and p.stat().st_size < 1e6 for p in files
+        ):
             found.files.update({str(p.relative_to(folder)): p for p in files})
     _tokenizer(plan, found, tokenizer)
     if plan.base.config:
@@ -101,7 +103,7 @@ def _pipeline(base: Base, found: Companions, folder: Path, dtype: str | None) ->
         files = folder.iterdir() if place == folder else place.rglob("*")
         for path in sorted(path for path in files if path.is_file()):
             name = path.relative_to(folder).as_posix()
-            if _is_companion(path):
+            if is_companion(path.name, path.stat().st_size):
                 found.files[name] = path
                 if path.suffix == ".py":
                     found.notes.append(f"{shown(name)} is copied; it is code that loading may run")
@@ -122,8 +124,9 @@ def _is_read(base: Base, name: str) -> bool:
     return any(shard.name == name for shard in base.shards)
 
 
-def _is_companion(path: Path) -> bool:
-    name = path.name.lower()
+def is_companion(file: str, size: int) -> bool:
+    """Whether a file beside weights goes with them: no weights itself, and not large."""
+    name = file.lower()
     if (
         name.startswith((".", "readme"))
         or name == "loratools.json"
@@ -131,7 +134,7 @@ def _is_companion(path: Path) -> bool:
         or is_index(name)
     ):
         return False
-    return not name.endswith(WEIGHTS) and path.stat().st_size <= SMALL
+    return not name.endswith(WEIGHTS) and size <= SMALL
 
 
 def _tokenizer(plan: Plan, found: Companions, asked: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -12,7 +11,7 @@ from typing import Any
 
 from loratools import formats, receipt
 from loratools.adapter import Adapter, Dense, Kind, Leaf, LowRank, Made, Replace, leaves
-from loratools.commands import runtimes
+from loratools.commands import runtimes, sources
 from loratools.commands.check import fit, load_all
 from loratools.commands.inspect import as_json
 from loratools.commands.judging import Choice, judge
@@ -28,7 +27,6 @@ from loratools.commands.writing import (
 )
 from loratools.errors import Problem, error, shown
 from loratools.rewriting import lowered
-from loratools.weights.base import headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,7 @@ def convert(
     # What the files of one without deltas lack is to be said first.
     if any(not a.deltas and a.runtime is None for a in loaded):
         judge(problems, allow, fail_on).require()
-    over = None if base is None else headers(base)
+    over = None if base is None else sources.base(base, loaded)
     read = loaded
     if over is not None and to == "peft" and not runtimes.is_runtime(loaded):
         made = [plain_upon(a, over, cut=cut, chosen=choice) for a in loaded]
@@ -155,7 +153,7 @@ def convert(
             found,
             waived,
             out=output,
-            inputs=[Path(p) for p in paths],
+            inputs=sources.places(paths),
             force=force,
             hash=hash,
             count=1,
@@ -215,9 +213,7 @@ def outputs_for(paths: Sequence[str | Path], out: Path, suffix: str = "") -> lis
         return [out]
     named: dict[str, str | Path] = {}
     for path in paths:
-        full = Path(os.path.abspath(path))
-        inside = full.is_file() and full.stem == "adapter_model"
-        name = full.parent.name if inside else full.stem if full.is_file() else full.name
+        name = sources.called(path)
         if name in named:
             raise error(
                 "usage",
@@ -288,7 +284,8 @@ def _lost(
 
 def _left_beside(adapter: Adapter) -> tuple[str, ...]:
     """Files that lie beside the adapter and are no part of it: cards, tokenizers, states."""
-    if adapter.folder is None or Path(adapter.name).is_file():
+    chosen = adapter.origin.inside.rpartition("/")[2] if adapter.origin else ""
+    if adapter.folder is None or Path(adapter.name).is_file() or chosen in adapter.files:
         return ()
     here = sorted(p.name for p in adapter.folder.iterdir() if p.is_file())
     names = [n for n in here if n not in adapter.files and n != receipt.NAME]

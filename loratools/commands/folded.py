@@ -13,7 +13,7 @@ from loratools import receipt
 from loratools.algebra import block
 from loratools.commands.companions import Companions, plan_companions
 from loratools.commands.inspect import as_json, human, pair
-from loratools.commands.judging import judge
+from loratools.commands.judging import judge, known
 from loratools.commands.merge import MergeResult, Progress
 from loratools.commands.numbers import KEPT, lost, pooled, sampled, survives
 from loratools.errors import Problem, error, shown
@@ -50,9 +50,17 @@ def fold(
     as_file = out is not None and out.suffix == ".safetensors"
     named = [(plan.base.name, plan.base.bundle.path), *((a.name, a.folder) for a in plan.adapters)]
     inputs = [_input(name, folder) for name, folder in named if folder]
+    if plan.base.graph is not None:
+        from loratools.commands.graph_fold import fold_graph
+
+        return fold_graph(
+            plan, problems, recipe, out=out, inputs=inputs, allow=allow, fail_on=fail_on,
+            min_kept=min_kept, force=force, dry_run=dry_run, device=device, threads=threads,
+            hash=hash, progress=progress,
+        )  # fmt: skip
     if out is not None:
         resolved(out, as_file=as_file, inputs=inputs)  # a wrong call comes before all that it finds
-    if any(p.severity == "error" for p in judge(problems, _known(allow, problems)).problems):
+    if any(p.severity == "error" for p in judge(problems, known(allow, problems)).problems):
         judge(problems, allow, fail_on).require()
     sample = sampled(plan, dtype=dtype, cut=cut, min_kept=min_kept)
     judged = judge([*problems, *sample.problems], allow, fail_on)
@@ -132,10 +140,10 @@ def fold(
                 "prefixes": [str(p) for p in plan.prefixes if p],
             },
             waived=[as_json(p) for p in judged.waived],
-            targets={n: _entry(t) for n, t in sorted(tallies.items())},
+            targets={n: entry(t) for n, t in sorted(tallies.items())},
         )
     result.update_kept = pooled(tallies.values())
-    result.truncation_error = _truncation(tallies)
+    result.truncation_error = truncation(tallies)
     by_target = {n: t for n in plan.targets if (t := tallies.get(plan.output_name(n)))}
     result.groups = groups(plan, by_target, sample.tallies)
     result.continued = streamed.continued
@@ -166,12 +174,6 @@ def _input(name: str, folder: Path) -> Path:
     return Path(name) if alone else folder
 
 
-def _known(allow: Sequence[str], problems: Sequence[Problem]) -> list[str]:
-    """The waivers that speak of problems found so far; the sample may bring the others'."""
-    codes = {p.code for p in problems if p.severity == "error"}
-    return [a for a in allow if a.partition(":")[0] in codes]
-
-
 def output_shards(plan: Plan, dtype: str | None) -> tuple[OutputShard, ...]:
     """The files of the folded model, in the base's own layout."""
     return plan_shards(
@@ -184,7 +186,8 @@ def output_shards(plan: Plan, dtype: str | None) -> tuple[OutputShard, ...]:
     )
 
 
-def _entry(tally: Tally) -> dict[str, Any]:
+def entry(tally: Tally) -> dict[str, Any]:
+    """What a receipt says of one folded tensor."""
     entry: dict[str, Any] = {"sha256": tally.digest}
     if tally.update_kept is not None:
         entry["update_kept"] = float(f"{tally.update_kept:.6g}")
@@ -193,7 +196,8 @@ def _entry(tally: Tally) -> dict[str, Any]:
     return entry
 
 
-def _truncation(tallies: dict[str, Tally]) -> float | None:
+def truncation(tallies: dict[str, Tally]) -> float | None:
+    """sqrt(Σ‖residual‖² / Σ‖ΔW‖²) over all targets; None where nothing was truncated."""
     whole = sum(t.whole for t in tallies.values())
     return (sum(t.residual for t in tallies.values()) / whole) ** 0.5 if whole else None
 

@@ -22,12 +22,14 @@ from loratools.adapter import (
 )
 from loratools.commands.judging import assumptions
 from loratools.commands.listing import bundles_at, duplicates
+from loratools.commands.sources import whole_file
 from loratools.commands.trained import architecture, frequent_tags, title, trigger_words
 from loratools.containers.bundle import Bundle
 from loratools.containers.hashes import EMPTY, Hashes, civitai, same
 from loratools.errors import LoratoolsError, Problem, error, shown
 from loratools.formats.looking import looks_like
 from loratools.kinds import experts
+from loratools.kinds.ranks import rank_of, scaling_of
 from loratools.runtime import described, distinct
 
 
@@ -149,7 +151,10 @@ def inspect(
     found: list[Inspection] = []
     for bundle, given in asked:
         try:
-            one, file = _one(bundle, given)
+            one, name = _one(bundle, given)
+            file = None
+            if name is not None and (hash or bundle.path is not None):
+                file = whole_file(bundle, name) if hash else bundle.open(name)
             if hash and file is not None:
                 one = _hashed(one, file)
         except LoratoolsError as cause:
@@ -164,7 +169,7 @@ def inspect(
     return sorted(found, key=SORTS[sort]) if sort else found
 
 
-def _one(bundle: Bundle, given: dict[str, str]) -> tuple[Inspection, Source | None]:
+def _one(bundle: Bundle, given: dict[str, str]) -> tuple[Inspection, str | None]:
     """What a bundle is, and the file that holds its tensors if it is an adapter of one file."""
     try:
         adapter = formats.read(bundle, assume=given)
@@ -184,7 +189,7 @@ def _one(bundle: Bundle, given: dict[str, str]) -> tuple[Inspection, Source | No
         stored_hash=said.get("sshs_model_hash"),
     )
     name = bundle.chosen or next(iter(adapter.files), None)
-    return described, bundle.open(name) if name is not None and name in bundle else None
+    return described, name if name is not None and name in bundle else None
 
 
 def _empty(source: str, looks: str | None) -> Inspection:
@@ -221,7 +226,7 @@ def _hashed(one: Inspection, file: Source) -> Inspection:
 
 def describe(adapter: Adapter) -> Inspection:
     """An adapter in memory, described."""
-    pairs = [p for d in adapter.deltas.values() if (p := pair(d)) is not None]
+    ranked = [(r, scaling_of(d)) for d in adapter.deltas.values() if (r := rank_of(d)) is not None]
     kept = [leaf for d in adapter.deltas.values() for leaf in leaves(d)]
     if adapter.runtime is not None:
         kept += distinct(adapter.runtime.tensors)
@@ -232,8 +237,8 @@ def describe(adapter: Adapter) -> Inspection:
         format=adapter.format,
         looks_like=None,
         kinds=adapter.kinds,
-        ranks=_counted(p.rank for p in pairs),
-        scalings=_counted(p.scaling for p in pairs),
+        ranks=_counted(rank for rank, _ in ranked),
+        scalings=_counted(scaling for _, scaling in ranked),
         targets=len(adapter.deltas),
         modules=_counted(key.split(".")[-2] for key in adapter.deltas if "." in key),
         parameters=sum(leaf.numel for leaf in kept),

@@ -156,3 +156,9 @@ def assumptions(given: Sequence[str], count: int) -> list[dict[str, str]]:
         for i in range(count) if number is None else [int(number) - 1]:
             found[i][key] = value
     return found
+
+
+def known(allow: Sequence[str], problems: Sequence[Problem]) -> list[str]:
+    """The waivers that speak of problems found so far; later checks may bring the others'."""
+    codes = {p.code for p in problems if p.severity == "error"}
+    return [a for a in allow if a.partition(":")[0] in codes]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from loratools import formats
 from loratools.adapter import Source
-from loratools.containers.bundle import Bundle, folders, local
+from loratools.commands.sources import at
+from loratools.containers.bundle import Bundle
 from loratools.containers.hashes import civitai
-from loratools.containers.local import LocalFile
 from loratools.errors import LoratoolsError, error, shown
 from loratools.formats.looking import TRAINING, WEIGHTS
 
@@ -29,7 +28,7 @@ def bundles_at(source: str | Path) -> list[Bundle]:
     A file, or a folder that is one adapter or one base, is itself; any other folder is what its
     files and sub-folders hold. Raises not_found, and what a format's `detect` raises.
     """
-    bundle = local(source)
+    bundle = at(source)
     if bundle.chosen is not None or _is_one(bundle):
         return [bundle]
     found: list[Bundle] = []
@@ -57,18 +56,17 @@ def _is_one(bundle: Bundle) -> bool:
 
 
 def _inside(bundle: Bundle, depth: int, seen: set[tuple[int, int]]) -> Iterator[Bundle]:
-    assert bundle.path is not None
-    found = bundle.path.stat()
-    if (found.st_dev, found.st_ino) in seen:  # a link in a circle
-        return
-    seen.add((found.st_dev, found.st_ino))
-    for name in _weights(bundle):
-        yield replace(bundle, name=str(Path(bundle.name) / name), chosen=name)
+    if bundle.path is not None:
+        found = bundle.path.stat()
+        if (found.st_dev, found.st_ino) in seen:  # a link in a circle
+            return
+        seen.add((found.st_dev, found.st_ino))
+    yield from map(bundle.choose, _weights(bundle))
     if depth == 0:
         return
     # Shorter names first: checkpoint-500 before checkpoint-1000.
-    for path in sorted(folders(bundle.path), key=lambda p: (len(p.name), p.name)):
-        inner = _opened(path, bundle.name)
+    for name in sorted(bundle.folders, key=lambda n: (len(n), n)):
+        inner = _opened(bundle, name)
         try:
             one = _is_one(inner)
         except LoratoolsError:
@@ -79,14 +77,12 @@ def _inside(bundle: Bundle, depth: int, seen: set[tuple[int, int]]) -> Iterator[
             yield from _inside(inner, depth - 1, seen)
 
 
-def _opened(path: Path, within: str) -> Bundle:
+def _opened(within: Bundle, name: str) -> Bundle:
     """A sub-folder by the name that the user would type; one that cannot be read is one row."""
-    name = str(Path(within) / path.name)
     try:
-        return replace(local(path), name=name)
+        return within.inner(name)
     except OSError:
-        parent = path.parent
-        return Bundle(name, (path.name,), lambda n: LocalFile(parent / n), path.name, parent)
+        return Bundle(within.typed(name), (name,), within.open, name, within.path)
 
 
 def _weights(bundle: Bundle) -> list[str]:

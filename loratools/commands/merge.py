@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from loratools import formats
 from loratools.adapter import FLOATS, Adapter, Kind, Leaf, Original
-from loratools.commands import runtimes, weighing
-from loratools.commands.check import fit, load_all, ties_from
+from loratools.commands import runtimes, sources, weighing
+from loratools.commands.check import fit, load_all, referred, ties_from
 from loratools.commands.inspect import as_json
-from loratools.commands.judging import judge
+from loratools.commands.judging import judge, known
 from loratools.commands.parents import child_of, common_config
 from loratools.commands.weighing import Given, Weight, weights_for
 from loratools.commands.writing import (
@@ -104,19 +105,21 @@ def merge(
     threads: int | None = None,
     hash: str = "auto",
     recipe: str | Path | None = None,
+    reference: str | Path | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge adapters into one at `out`, or with `base` fold them into it.
 
     `to` is the merged adapter's format: by default the one that all inputs share, else peft.
     With `recipe`, a receipt, its output is made again: all that says how comes from there, and
-    `adapters` and `base` only say where its inputs may lie.
+    `adapters` and `base` only say where its inputs may lie. `reference` is the model that a base
+    which is a graph was exported from: its weights are found and confirmed by their content.
 
     `weights` are used as given; None means 1 for a single adapter and is refused for several;
     "mean" is 1/n each; one may be of parts: "unet=0.8;text_encoder=0.4", or a mapping. `rank` (a
-    ceiling) or `energy` (share of squared singular values) truncate
-    the merged update optimally. Raises the errors of `loratools.errors`; nothing is written
-    before every check has passed, and `out` appears whole or not at all.
+    ceiling) or `energy` (share of squared singular values) truncate the merged update optimally.
+    Raises the errors of `loratools.errors`; nothing is written before every check has passed, and
+    `out` appears whole or not at all.
     """
     began = perf_counter()
     if out is None and not dry_run:
@@ -147,10 +150,16 @@ def merge(
         )
     kind = dtype_name(dtype)
     loaded = load_all(paths, assume)
-    plan, problems = fit(
-        loaded, base, weights=factors, only=only, skip=skip, ties=ties_from(tied, untie)
-    )
-    made_from = {
+    over = None if base is None else sources.base(base, loaded)
+    if reference is not None:
+        over, confirmed_by = referred(over, reference)
+    ties = ties_from(tied, untie)
+    fitted = partial(fit, loaded, weights=factors, only=only, skip=skip, ties=ties)
+    plan, problems = fitted(over)
+    if over is not None and sources.is_remote(over.bundle) and not dry_run:
+        judge(problems, known(allow, problems), fail_on).require()  # before anything is fetched
+        plan, problems = fitted(sources.here(over, progress))
+    made_from: dict[str, Any] = {
         "adapters": weighing.inputs(loaded, factors),
         "method": method,
         "rank": rank,
@@ -158,10 +167,12 @@ def merge(
         "dtype": kind,
         "only": list(only),
         "skip": list(skip),
-        "ties": ties_from(tied, untie),
+        "ties": ties,
         "allow": list(allow),
         "tokenizer": tokenizer,
     }
+    if reference is not None:
+        made_from["reference"] = confirmed_by
     from loratools.commands.numbers import adapter_numbers
 
     if runtimes.is_runtime(loaded):
@@ -175,21 +186,10 @@ def merge(
         from loratools.commands.folded import fold
 
         result = fold(
-            plan,
-            problems,
-            made_from,
-            out=None if out is None else Path(out),
-            allow=allow,
-            fail_on=fail_on,
-            min_kept=min_kept,
-            force=force,
-            restart=restart,
-            dry_run=dry_run,
-            device=device,
-            threads=threads,
-            hash=hash,
-            progress=progress,
-        )
+            plan, problems, made_from, out=None if out is None else Path(out), allow=allow,
+            fail_on=fail_on, min_kept=min_kept, force=force, restart=restart, dry_run=dry_run,
+            device=device, threads=threads, hash=hash, progress=progress,
+        )  # fmt: skip
     else:
         # What the files of one without deltas lack is to be said first.
         if any(not a.deltas and a.runtime is None for a in loaded):
@@ -204,8 +204,8 @@ def merge(
             method=method, dtype=kind, only=only, skip=skip,
         )  # fmt: skip
         if merged.adapter.runtime is None:  # a sum may be of a kind that none of its terms was
-            known = {p.target for one in aligned for p in one.problems}
-            unsaid = [p for p in formats.WRITERS[to].lost(merged.adapter) if p.target not in known]
+            heard = {p.target for one in aligned for p in one.problems}
+            unsaid = [p for p in formats.WRITERS[to].lost(merged.adapter) if p.target not in heard]
             judge(unsaid, allow, fail_on).require()
         merged = replace(merged, adapter=child_of(merged.adapter, loaded, to, out))
         result = save_merged(
@@ -215,7 +215,7 @@ def merge(
             judged.problems,
             judged.waived,
             out=Path(out) if out is not None and not dry_run else None,
-            inputs=[Path(p) for p in paths],
+            inputs=sources.places(paths),
             force=force,
             hash=hash,
             count=len(loaded),
@@ -340,6 +340,7 @@ def merge_adapters(
         metadata=first.metadata if len(adapters) == 1 else {},
         name=first.name if len(adapters) == 1 else "merged",
         folder=None,
+        origin=None,
         files=(),
         transposed=frozenset().union(*(a.transposed for a in adapters)),
         problems=(),

@@ -14,6 +14,9 @@ from loratools.commands.check import fit
 from loratools.commands.companions import changed_config
 from loratools.commands.folded import output_shards
 from loratools.commands.merge import DTYPES, merge_adapters
+from loratools.commands.sources import READ_TOO, cached, here
+from loratools.commands.sources import adapter as adapter_at
+from loratools.commands.sources import base as base_at
 from loratools.commands.verify import Progress, VerifyResult
 from loratools.commands.weighing import Weight, weight
 from loratools.containers.bundle import folders
@@ -25,13 +28,9 @@ from loratools.proving.own import Replayed, replay_fold, replay_merge
 from loratools.receipt import Receipt
 from loratools.weights.base import Base, headers
 from loratools.weights.pipeline import INDEX
-from loratools.weights.placing import WEIGHTS
 
 if TYPE_CHECKING:
     import torch
-
-# What a reader of the output would take up beside the weights.
-READ_TOO = WEIGHTS | {".json", ".jinja", ".py", ".model"}
 
 
 @dataclass(slots=True)
@@ -65,6 +64,8 @@ def by_receipt(
     """Prove an output by its receipt: hashes always, the replay where the inputs are found."""
     proof = Proof(found, model)
     _files(proof)
+    if "export" in proof.part("recipe"):
+        return _exported(proof)
     sources = Sources(proof, base, adapters, inputs)
     is_fold = "base" in proof.part("recipe")
     try:
@@ -84,6 +85,24 @@ def by_receipt(
         checked=checked,
         mismatches=tuple(proof.mismatches),
         notes=tuple(proof.notes),
+    )
+
+
+def _exported(proof: Proof) -> VerifyResult:
+    """An ONNX export: its files; the graphs were compared with torch when they were made."""
+    outputs = proof.part("outputs")
+    bare = [n for n in outputs if n not in proof.hashed and "sha256" not in outputs[n]]
+    if bare:
+        proof.notes.append(
+            f"{shown(bare[0])}: by its size alone; export with --hash full says more"
+        )
+    return VerifyResult(
+        ok=not proof.mismatches,
+        proved="hashes",
+        checked=len(outputs),
+        mismatches=tuple(proof.mismatches),
+        notes=tuple(proof.notes),
+        unit="files",
     )
 
 
@@ -162,10 +181,10 @@ class Sources:
         inputs: Sequence[str | Path],
     ) -> None:
         self.proof = proof
-        self.given_base = None if base is None else headers(base)
-        self.given = [Path(a) for a in adapters]
+        self.given_base = None if base is None else here(base_at(base))
+        self.given = list(adapters)
         self.folders = [*(Path(i) for i in inputs), proof.receipt.folder.parent, Path()]
-        self.used: set[Path] = set()
+        self.used: set[str | Path] = set()
 
     def base(self) -> Base | None:
         """The base; StorageError `input_changed` where another one was given."""
@@ -178,15 +197,34 @@ class Sources:
                     f"{shown(self.given_base.name)} is not the base that the receipt names "
                     "(another fingerprint)",
                 )
-            return self.given_base
-        for path in self.candidates(entry):
+            return self._referred(self.given_base)
+        found = self._base(entry, "base")
+        return None if found is None else self._referred(found)
+
+    def reference(self) -> Base | None:
+        """The model that confirmed the weights of a graph; None where none did, or it is gone."""
+        entry = self.proof.receipt.get("recipe", "reference")
+        return self._base(entry, "reference") if isinstance(entry, Mapping) else None
+
+    def _referred(self, base: Base) -> Base | None:
+        if base.graph is None or not self.proof.receipt.get("recipe", "reference"):
+            return base
+        from loratools.exporting.graph_reference import confirmed
+
+        model = self.reference()
+        return None if model is None else confirmed(base, model)
+
+    def _base(self, entry: Mapping[str, Any], what: str) -> Base | None:
+        for place in [*self.candidates(entry), cached(entry)]:
             try:
-                found = headers(path)
-                if receipt.base_fingerprint(found) == due:
+                if place is None:
+                    continue
+                found = headers(place)
+                if receipt.base_fingerprint(found) == entry.get("fingerprint"):
                     return found
             except LoratoolsError:
                 continue  # something else of the same name
-        self.absent(entry, "base")
+        self.absent(entry, what)
         return None
 
     def adapters(self) -> list[Adapter] | None:
@@ -210,15 +248,19 @@ class Sources:
     def adapter(self, entry: Mapping[str, Any]) -> Adapter | None:
         assumed = entry.get("assumed")
         assume = {str(k): str(v) for k, v in assumed.items()} if isinstance(assumed, dict) else {}
-        for path in [*self.given, *self.candidates(entry)]:
+        for given in self.given:
+            found = adapter_at(given, assume)
+            if receipt.fingerprint(found) == entry.get("fingerprint"):
+                self.used.add(given)
+                return found
+        for place in [*self.candidates(entry), cached(entry)]:
             try:
-                found = formats.read(path, assume=assume)
-                if receipt.fingerprint(found) == entry.get("fingerprint"):
-                    self.used.add(path)
-                    return found
+                if place is not None:
+                    found = formats.read(place, assume=assume)
+                    if receipt.fingerprint(found) == entry.get("fingerprint"):
+                        return found
             except LoratoolsError:
-                if path in self.given:
-                    raise
+                continue  # something else of the same name
         self.absent(entry, "adapter")
         return None
 
@@ -268,7 +310,7 @@ def _fold(proof: Proof, sources: Sources, progress: Progress | None) -> Replayed
     )
     if replayed.near:
         proof.notes.append(f"{replayed.near} elements differ by 1 ulp, as another arithmetic may")
-    if proof.model.is_dir() and base.config:
+    if proof.model.is_dir() and base.config and (base.graph is None or written.config):
         due = changed_config(plan, recipe["dtype"])
         for key in due.keys() | written.config.keys():
             if due.get(key) != written.config.get(key):

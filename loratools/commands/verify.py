@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loratools import receipt
 from loratools.adapter import Adapter
+from loratools.commands import sources
 from loratools.commands.check import fit, load_all, ties_from
 from loratools.commands.judging import judge
 from loratools.commands.weighing import Given, weights_for
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from loratools.proving.foreign import Signal
     from loratools.proving.inventory import Inventory
 
-Proved = Literal["hashes", "replay"]
+Proved = Literal["hashes", "replay", "signature"]
 Progress = Callable[[int, int], None]
 UNCLEAR = "too little signal to tell"
 
@@ -32,11 +33,13 @@ class VerifyResult:
 
     ok: bool
     proved: Proved
-    checked: int  # tensors
+    checked: int
     mismatches: tuple[Mismatch, ...]
     rule: str | None = None  # the rounding rule of another tool's fold
     strength: tuple[float, float] | str | None = None  # scaling and its standard error
     notes: tuple[str, ...] = ()
+    signed: int | None = None  # files that a signature names, where one was checked
+    unit: str = "tensors"  # what `checked` counts
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints; its keys never change."""
@@ -51,6 +54,8 @@ class VerifyResult:
             "rule": self.rule,
             "strength": strength,
             "notes": list(self.notes),
+            "signed": self.signed,
+            "unit": self.unit,
         }
 
 
@@ -62,6 +67,7 @@ def verify(
     weights: Sequence[Given] | Mapping[str, Any] | str | None = None,
     require: str | None = None,
     inputs: Sequence[str | Path] = (),
+    key: str | Path | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     tied: bool = False,
@@ -74,12 +80,22 @@ def verify(
     With a receipt, hashes are compared, and where the inputs are found (among `base`, `adapters`
     and `inputs`, beside the output, in the working folder) everything is computed again.
     Without, each touched tensor must agree with one of the known ways to round W0 + ΔW, and each
-    other one with the base. A mismatch is no exception: see `ok`. Raises ProofError where
-    `require="replay"` cannot be met, and what reading the inputs raises.
+    other one with the base. With `key`, a public one in PEM form, the folder's `model.sig` is
+    checked over all its files, and what the receipt says as well. A mismatch is no exception: see
+    `ok`. Raises ProofError where `require="replay"` cannot be met or where another key signed, and
+    what reading the inputs raises.
     """
     if require not in (None, "hashes", "replay"):
         raise error("usage", f"--require {shown(require)}: expected hashes or replay")
+    model = sources.pulled(model, every=key is not None, progress=progress)
+    signed = None if key is None else _signed(model, key)
+    if signed is not None and not signed.ok:
+        return signed
     found = receipt.read(model)
+    if found is None and signed is not None and base is None and not adapters:
+        if require is not None:
+            raise error("proof_failed", f"{shown(model)} is signed and has no receipt to prove")
+        return signed
     if found is None:
         if base is None or not adapters:
             raise error(
@@ -87,10 +103,11 @@ def verify(
                 f"{shown(model)} has no receipt: give the --base and every --adapter it was "
                 "folded from",
             )
-        return _foreign(
+        result = _foreign(
             model, base, adapters, weights, only=only, skip=skip, ties=ties_from(tied, untie),
             allow=allow, progress=progress,
         )  # fmt: skip
+        return _with_signature(result, signed, model, require)
     if weights is not None or only or skip or tied or untie or allow:
         raise error(
             "usage",
@@ -102,7 +119,44 @@ def verify(
     if require == "replay" and result.ok and result.proved != "replay":
         missing = next(iter(result.notes), "inputs are missing")
         raise error("proof_failed", f"{shown(model)}: no replay was possible; {missing}")
-    return result
+    return _with_signature(result, signed, model, require)
+
+
+# ------------------------------------------------------------------------------- signatures
+
+
+def _signed(model: str | Path, key: str | Path) -> VerifyResult:
+    """What a signature says of a folder's files."""
+    from loratools.hub import signing
+    from loratools.proving.differences import Mismatch
+
+    found = signing.check(model, key)
+    words = (
+        (found.changed, "is not the file that was signed"),
+        (found.missing, "was signed and is not there"),
+        (found.unsigned, "is there and was not signed"),
+    )
+    return VerifyResult(
+        ok=found.ok,
+        proved="signature",
+        checked=0,
+        mismatches=tuple(Mismatch(what, None, file) for files, what in words for file in files),
+        signed=len(found.files),
+    )
+
+
+def _with_signature(
+    result: VerifyResult, signed: VerifyResult | None, model: str | Path, require: str | None
+) -> VerifyResult:
+    """The proof of what an output says, beside that of who says it."""
+    if signed is None:
+        file = Path(model) / "model.sig"
+        there = (f"{file.name} is there: --key PUBLIC.pem checks it",) if file.is_file() else ()
+        return replace(result, notes=result.notes + there)
+    if not result.ok or require is not None:
+        return replace(result, signed=signed.signed)
+    also = f"its receipt is proved by {result.proved} too: {result.checked} {result.unit} checked"
+    return replace(result, proved="signature", signed=signed.signed, notes=(also, *result.notes))
 
 
 # ------------------------------------------------------------------------------- other tools
@@ -123,9 +177,10 @@ def _foreign(
     from loratools.proving.differences import Mismatch
     from loratools.proving.inventory import compare_all, said, take_inventory, wrong_size
 
-    written, over = headers(model), headers(base)
+    written = headers(model)
     paths, factors = weights_for([str(a) for a in adapters], weights, required=False)
     loaded = load_all(paths, ())
+    over = sources.here(sources.base(base, loaded), progress)
     plan, problems = fit(
         loaded, over, weights=factors, only=only, skip=skip, ties=ties or _ties(over, written)
     )

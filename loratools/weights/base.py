@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import Leaf
 from loratools.containers import safetensors, torch_zip
@@ -17,8 +18,12 @@ from loratools.weights import pipeline
 from loratools.weights.pipeline import WEIGHTS
 from loratools.weights.scaled import with_scales
 
+if TYPE_CHECKING:
+    from loratools.weights.graphs import GraphBase
+
 TORCH_FILES = (".bin", ".pt", ".pth", ".ckpt")
 INDEX_LIMIT = 50_000_000
+AT_ONCE = 8  # headers that are asked for together
 
 # Architectures whose linear layers are transformers' Conv1D, stored (in, out), and those layers.
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -85,6 +90,7 @@ class Base:
     problems: tuple[Problem, ...] = ()
     components: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     indexes: Mapping[str, str] = field(default_factory=dict)  # of a pipeline, by component
+    graph: GraphBase | None = field(default=None, repr=False)  # where it is an ONNX graph
 
     @property
     def name(self) -> str:
@@ -101,10 +107,12 @@ class Base:
 
     @property
     def id(self) -> str | None:
-        """The Hub id, where the path is a cache folder.
+        """The Hub id, where it was read from there or the path is a cache folder.
 
         A config's `_name_or_path` is no help: a published model's often names its parent.
         """
+        if self.bundle.origin is not None:
+            return self.bundle.origin.repo
         found = re.search(r"models--([\w.-]{1,96})--([\w.-]{1,96})(?:/|$)", str(self.bundle.path))
         return f"{found[1]}/{found[2]}" if found else None
 
@@ -182,12 +190,17 @@ def is_hub_id(text: object) -> bool:
 
 def headers(source: str | Path | Bundle) -> Base:
     """A base from headers alone: a Hugging Face folder, a diffusers pipeline or one component of
-    it, one safetensors file, torch shards.
+    it, one safetensors file, torch shards, an ONNX graph.
 
     Raises NotFoundError, MalformedError (an index with paths, a shard cut short, a name twice);
     what the index promises and no shard holds is among `problems`.
     """
     bundle = source if isinstance(source, Bundle) else local(source)
+    from loratools.weights import graphs
+
+    graph = graphs.file_of(bundle)
+    if graph is not None:
+        return graphs.graph_base(bundle, graph)
     return _pipeline(bundle) if pipeline.is_pipeline(bundle) else _folder(bundle)
 
 
@@ -274,7 +287,7 @@ def _assembled(
     mapping: Mapping[str, str] | None = None,
     total: object = None,
 ) -> Base:
-    shards = [_shard(bundle, name) for name in names]
+    shards = _shards(bundle, names)
     shards = [replace(shard, leaves=with_scales(shard.leaves, shard.metadata)) for shard in shards]
     tensors: dict[str, Leaf] = {}
     for shard in shards:
@@ -306,6 +319,14 @@ def _assembled(
             message = f"{index} says {shown(total)} bytes in all, the shards hold {has}"
             problems.append(Problem("base_incomplete", message, "note"))
     return Base(bundle, tuple(shards), tensors, config, index, tuple(problems))
+
+
+def _shards(bundle: Bundle, names: list[str]) -> list[Shard]:
+    if bundle.path is not None or len(names) == 1:
+        return [_shard(bundle, name) for name in names]
+    # Far away each header is a request: time is what they wait for, not what they carry.
+    with ThreadPoolExecutor(AT_ONCE, "header") as pool:
+        return list(pool.map(lambda name: _shard(bundle, name), names))
 
 
 def _shard(bundle: Bundle, name: str) -> Shard:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 
-from loratools.containers.bundle import Bundle, folders, local
+from loratools.containers.bundle import Bundle
 from loratools.containers.strict_json import loads
 from loratools.errors import Problem, error, shown
 
@@ -42,7 +40,7 @@ _VARIANTS = tuple(
 
 def is_pipeline(bundle: Bundle) -> bool:
     """Whether this is a pipeline's folder (or the index in it was named)."""
-    return INDEX in bundle and bundle.path is not None and bundle.chosen in (None, INDEX)
+    return INDEX in bundle and bundle.chosen in (None, INDEX)
 
 
 def is_index(name: str) -> bool:
@@ -80,15 +78,13 @@ def components(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
 
     Only direct sub-folders that exist are ever named. Raises MalformedError, `hostile`.
     """
-    there = _folders(bundle)
     for name, _ in _named(bundle):
-        if name in there and "." not in name:
-            yield name, replace(local(there[name]), name=str(Path(bundle.name) / name))
+        if name in bundle.folders and "." not in name:
+            yield name, bundle.inner(name)
 
 
 def absent(bundle: Bundle) -> list[Problem]:
     """A warning for each component that the index names with a class and no folder holds."""
-    there = _folders(bundle)
     return [
         Problem(
             "base_incomplete",
@@ -97,13 +93,8 @@ def absent(bundle: Bundle) -> list[Problem]:
             target=name,
         )
         for name, has_class in _named(bundle)
-        if has_class and name not in there
+        if has_class and name not in bundle.folders
     ]
-
-
-def _folders(bundle: Bundle) -> dict[str, Path]:
-    assert bundle.path is not None
-    return {path.name: path for path in folders(bundle.path)}
 
 
 def _named(bundle: Bundle) -> list[tuple[str, bool]]:

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 from tests.benchmarks import models
+from tests.benchmarks.graphs import graph_fold
+from tests.benchmarks.latency import latency
 from tests.benchmarks.measuring import (
     WORK,
     Row,
@@ -17,6 +19,7 @@ from tests.benchmarks.measuring import (
     in_turn,
     warm,
 )
+from tests.benchmarks.tokens import tokens
 
 LAYERS = 10  # of a 7B model: 4.57 GB in bfloat16
 
@@ -295,5 +298,19 @@ def startup() -> list[Row]:
 
 
 FIGURES = {
-    f.__name__: f for f in (svd, command, fold, process, memory, image, check, inspect, startup)
+    f.__name__: f
+    for f in (
+        svd,
+        command,
+        fold,
+        graph_fold,
+        process,
+        memory,
+        image,
+        check,
+        inspect,
+        startup,
+        tokens,
+        latency,
+    )
 }

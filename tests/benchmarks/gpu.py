@@ -6,6 +6,7 @@ import os
 import shutil
 
 from tests.benchmarks.figures import _adapter, _base
+from tests.benchmarks.latency import onnx
 from tests.benchmarks.measuring import WORK, Row, best, child, warm
 
 FOLD = (
@@ -98,4 +99,4 @@ def _ulps(first: object, second: object) -> int:
     return worst
 
 
-FIGURES = {"fold": fold, "bus": bus}
+FIGURES = {"fold": fold, "bus": bus, "onnx": onnx}

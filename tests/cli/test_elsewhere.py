@@ -5,7 +5,7 @@ import pytest
 from loratools.cli.elsewhere import INSTEAD, LATER
 
 
-@pytest.mark.parametrize("name", "fold fuse merge-lora resize diff validate upload".split())
+@pytest.mark.parametrize("name", "fold fuse merge-lora resize diff validate upload publish".split())
 def test_commands_of_the_field_answer_with_the_right_one(run, name):
     assert name in INSTEAD
     ended = run(name, "x", "--model", "y", "--help")
@@ -18,6 +18,7 @@ def test_the_answers_name_real_commands(run):
     assert "loratools merge ADAPTER --base BASE -o OUT" in run("fuse").err
     assert "loratools convert ADAPTER --rank N -o OUT" in run("resize").err
     assert "loratools check ADAPTER --base BASE" in run("validate").err
+    assert "loratools push OUT ORG/NAME" in run("upload").err
 
 
 @pytest.mark.parametrize("name", LATER)

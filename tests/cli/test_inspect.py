@@ -32,6 +32,18 @@ def test_one_adapter_on_a_screen(here, run):
     assert said["foldable"] == "yes"
 
 
+def test_a_loha_has_a_rank_on_the_screen_too(here, run):
+    import peft
+    import torch
+
+    model = torch.nn.Sequential()
+    model.add_module("fc", torch.nn.Linear(8, 8))
+    config = peft.LoHaConfig(r=2, alpha=1, target_modules=["fc"], init_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(here / "loha")
+    said = dict(line.split(None, 1) for line in run("inspect", "loha").out.splitlines()[1:])
+    assert (said["kinds"], said["ranks"], said["scaling"]) == ("Hadamard", "2", "0.5")
+
+
 def test_json_of_one_and_of_several(here, run):
     one = run("inspect", "a", "--json").json
     assert set(KEYS) <= one.keys()

@@ -10,6 +10,7 @@ import pytest
 
 from loratools.commands import listing
 from loratools.commands.inspect import SORTS, inspect
+from loratools.containers import bundle
 from loratools.containers.bundle import local
 from loratools.errors import LoratoolsError
 from tests.tiny import SIZE, numbers, write_adapter, write_base
@@ -141,7 +142,7 @@ def test_a_folder_that_cannot_be_read_is_a_row(loras, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return local(path)
 
-    monkeypatch.setattr(listing, "local", denied)
+    monkeypatch.setattr(bundle, "local", denied)
     found = {f.source: f.error for f in inspect("loras")}
     assert found["loras/styles"].exit == 3
     assert found["loras/a.safetensors"] is None
@@ -282,3 +283,32 @@ def test_at_most_some_tags_and_words(tmp_path):
     assert list(found.tags)[:2] == ["t999", "t998"]
     assert len(found.tags) == 10
     assert len(found.trigger_words) == 20
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "kind"),
+    [
+        ("LoHaConfig", {}, "Hadamard"),
+        ("LoKrConfig", {}, "Kronecker"),
+        ("LoKrConfig", {"decompose_both": True, "decompose_factor": 8}, "Kronecker"),
+        ("LoraConfig", {"use_dora": True, "lora_alpha": 6}, "Renormed"),
+    ],
+)
+def test_every_kind_that_has_a_rank_says_it(config, options, kind, tmp_path):
+    """As PEFT saves them, whose layers have r and scaling themselves."""
+    import peft
+    import torch
+
+    model = torch.nn.Sequential()
+    model.add_module("fc", torch.nn.Linear(64, 64))
+    if config != "LoraConfig":
+        options = {**options, "alpha": 6, "init_weights": False}
+    settings = getattr(peft, config)(r=3, target_modules=["fc"], **options)
+    live = peft.get_peft_model(model, settings)
+    live.save_pretrained(tmp_path / "a")
+    layer = live.base_model.model.fc
+    [found] = inspect(tmp_path / "a")
+    assert found.kinds == {kind: 1}
+    assert found.ranks == {layer.r["default"]: 1} == {3: 1}
+    assert found.scalings == {layer.scaling["default"]: 1} == {2.0: 1}
+    assert inspect(tmp_path / "a", sort="rank")[0].as_json()["ranks"] == {"3": 1}

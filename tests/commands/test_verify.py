@@ -100,6 +100,8 @@ def test_json_has_its_keys(made):
         "rule": None,
         "strength": None,
         "notes": [],
+        "signed": None,
+        "unit": "tensors",
     }
     tensors = load_file(out / "model.safetensors")
     tensors[f"{LAYERS[0]}.weight"][3, 4] = torch.inf

@@ -10,7 +10,7 @@ import torch
 from loratools.containers.bundle import local
 from loratools.errors import LoratoolsError
 from loratools.formats import adapterhub
-from loratools.formats.adapterhub_keys import GROUPS, LEGACY, PARTS, is_faulty, part_of
+from loratools.formats.adapterhub_keys import GROUPS, LEGACY, PARTS, Part, is_faulty, part_of
 
 SPEC = Path(__file__).parents[2] / "specs" / "formats" / "adapterhub.md"
 Q = "bert.encoder.layer.0.attention.self.query"
@@ -55,6 +55,19 @@ def test_the_specification_has_every_group():
     assert {LEGACY[w] for key, *_ in table for w in key.split(".") if w in LEGACY} == {
         *LEGACY.values()
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "group", "leaf"),
+    [
+        ("invertible_adapters.task.F.0.weight", "invertible_adapters", "F.0.weight"),
+        ("invertible_lang_adapters.task.G.2.bias", "invertible_adapters", "G.2.bias"),
+        ("loras.task.lora_A", "loras", "lora_A"),
+        ("shared_parameters.task.phm_rule", "shared_parameters", "phm_rule"),
+    ],
+)
+def test_a_bare_model_has_nothing_in_front(key, group, leaf):
+    assert part_of(key) == Part("", group, "task", leaf)
 
 
 @pytest.mark.parametrize(

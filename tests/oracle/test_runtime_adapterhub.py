@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
-from loratools import LoratoolsError, convert, formats, merge
+from loratools import LoratoolsError, check, convert, formats, merge
 from loratools.commands.runtimes import expanded
 from loratools.containers.bundle import local
 from loratools.formats import adapterhub
-from loratools.runtime import described
+from loratools.runtime import IN_GRAPHS, described
 from tests import environments
 from tests.oracle.folds import fold
 
@@ -178,7 +178,8 @@ def test_every_case_is_described_and_no_weight_takes_it_in(case, root):
     assert adapterhub.detect(local(folder))
     adapter = formats.read(folder)
     assert [p.code for p in adapter.problems] == ["not_foldable"]
-    assert adapter.problems[0].remedy
+    said = "loratools export BASE --adapter ADAPTER -o OUT" in adapter.problems[0].remedy
+    assert said == (adapter.runtime.method in IN_GRAPHS)
     assert adapter.runtime is not None
     saved = torch.load(folder / "pytorch_adapter.bin")
     assert adapter.runtime.tensors.keys() == saved.keys()
@@ -186,6 +187,55 @@ def test_every_case_is_described_and_no_weight_takes_it_in(case, root):
     unique = {t.data_ptr(): t.numel() for t in saved.values()}
     if case != "norms":  # whose first norm stands there under two names
         assert said["parameters"] == sum(unique.values())
+
+
+PREFIX, PROMPT = "prefix_tuning.prefix_tunings.task", "prompt_tuning.prompt_tunings.task"
+INVERTIBLE = "invertible_adapters.task"
+BARE = {
+    "invertible": ("SeqBnInvConfig", {"reduction_factor": 4}, f"{INVERTIBLE}.F.0.weight"),
+    "coupled": ("DoubleSeqBnInvConfig", {"reduction_factor": 4}, f"{INVERTIBLE}.G.2.bias"),
+    "prefix": ("PrefixTuningConfig", {}, f"{PREFIX}.self_prefix.wte.weight"),
+    "prompt": ("PromptTuningConfig", {}, f"{PROMPT}.prompt_embedding.weight"),
+}
+BARE_RUN = """
+def bare(base):
+    model = transformers.AutoModel.from_pretrained(root / base, attn_implementation="eager").eval()
+    adapters.init(model)
+    return model
+def states(model):
+    model.set_active_adapters("task")
+    with torch.no_grad():
+        return model(ids).last_hidden_state
+for name, (config, options, _) in json.loads(sys.argv[2]).items():
+    if sys.argv[3] == "make":
+        torch.manual_seed(0)
+        model = bare("bert")
+        model.add_adapter("task", config=getattr(adapters, config)(**options))
+        model.save_adapter(root / f"bare-{name}", "task")
+        torch.save(states(model), root / f"bare-{name}.pt")
+    else:
+        model, info = bare("bert"), {}
+        model.load_adapter(str(root / f"bare-again-{name}"), loading_info=info)
+        assert not info["unexpected_keys"] and not info["missing_keys"], info
+        torch.save(states(model), root / f"bare-again-{name}.pt")
+"""
+
+
+def test_an_adapter_of_a_bare_model_has_keys_with_nothing_in_front(root):
+    environments.run("adapters", RUN + BARE_RUN, root, json.dumps(BARE), "make")
+    for name, (_, _, key) in BARE.items():
+        adapter = formats.read(root / f"bare-{name}")
+        assert [p.code for p in adapter.problems] == ["not_foldable"], name
+        assert key in adapter.runtime.tensors
+        checked = check([root / f"bare-{name}"], base=root / "bert")
+        assert [(p.code, p.severity) for p in checked.problems] == [("not_foldable", "warning")]
+        convert([root / f"bare-{name}"], to="adapterhub", out=root / f"bare-again-{name}")
+    said = described(formats.read(root / "bare-invertible").runtime)
+    assert said["invertible"] is True
+    environments.run("adapters", RUN + BARE_RUN, root, json.dumps(BARE), "load")
+    for name in BARE:
+        found, expected = (torch.load(root / f"bare-{w}{name}.pt") for w in ("again-", ""))
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_numbers_of_the_cases(root):

@@ -18,6 +18,7 @@ from loratools import (
     to_state_dict,
 )
 from loratools.commands.inspect import inspect
+from loratools.runtime import IN_GRAPHS
 
 SIZES = {"vocab_size": 40, "max_position_embeddings": 32, "hidden_size": 16,
          "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2,
@@ -172,6 +173,11 @@ def test_no_weight_takes_it_in(case, root, saved, tmp_path):
             merge([of(saved, case)], root / "llama", out=tmp_path / "out", allow=allow)
         assert caught.value.code == "not_foldable"
         assert "change of a weight" in str(caught.value)
+        method = formats.read(of(saved, case)).runtime.method
+        [advice] = [p.advice for p in caught.value.problems if p.code == "not_foldable"]
+        named = "loratools export BASE --adapter ADAPTER -o OUT" in advice
+        assert named == (method in IN_GRAPHS)
+        assert "the library that wrote it" in advice
         assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,265 @@
+"""A graph's files written with folded weights: the rest copied, every weight computed once.
+
+A weight stored (in, out) is read once, folded in tiles of (out, in) rows as any other, and each
+tile put back where it came from; so one buffer of its size is all the memory that it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratools.adapter import Source
+from loratools.containers.local import LocalFile
+from loratools.errors import LoratoolsError, error
+from loratools.exporting.into_graph import Layout, Patch
+from loratools.folding import Cut, Desk, Tally, fold_target, one_thread, torch_dtype
+from loratools.plan import Plan
+from loratools.streaming import COPY, WRITEBACK, Progress, default_threads
+from loratools.weights import disk
+
+AT_ONCE = 2  # of the largest weights are held at a time, however many threads there are
+
+
+@dataclass(slots=True)
+class _Gate:
+    """Lets work in while what it holds together stays below a size; alone it always may."""
+
+    size: int
+    used: int = 0
+    turn: threading.Condition = field(default_factory=threading.Condition)
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        with self.turn:
+            self.turn.wait_for(lambda: not self.used or self.used + nbytes <= self.size)
+            self.used += nbytes
+        try:
+            yield
+        finally:
+            with self.turn:
+                self.used -= nbytes
+                self.turn.notify_all()
+
+
+@dataclass(slots=True)
+class _File:
+    """One file of the output and the one of the base that it comes from."""
+
+    source: Source
+    fd: int
+    input: int | None
+
+
+def write_graph(
+    plan: Plan,
+    layout: Layout,
+    folder: Path,
+    *,
+    graph: str,
+    cut: Cut | None = None,
+    device: torch.device | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Tally]:
+    """Write the graph as `graph` in the folder, and its data files beside it; tallies by target.
+
+    Raises overflow and nonfinite with the weight's name, input_changed, disk_full and storage.
+    """
+    base = plan.base.graph
+    assert base is not None
+    place = folder / graph
+    total, done, lock = sum(size for size in layout.sizes.values()), 0, threading.Lock()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            now = done
+        if progress:
+            progress(now, total)
+
+    sources: dict[str | None, Source] = {None: base.graph.source}
+    sources.update(base.graph.files)
+    local, at_device = threading.local(), device or torch.device("cpu")
+    gate = _Gate(AT_ONCE * max((p.nbytes for p in layout.patches), default=0))
+    tallies: dict[str, Tally] = {}
+    stopped = threading.Event()
+    files: dict[str | None, _File] = {}
+
+    def work(task: Callable[[Desk], int]) -> None:
+        if stopped.is_set():
+            return
+        if not hasattr(local, "desk"):
+            local.desk = Desk(at_device)
+        with local.desk.at_work():
+            advance(task(local.desk))
+
+    try:
+        for name, source in sources.items():
+            path = place if name is None else place.parent / name
+            files[name] = _opened(source, path, layout.sizes[name])
+        tasks = [
+            (p.nbytes, _folding(p, files, cut, gate, tallies))
+            for p in sorted(layout.patches, key=lambda p: -p.nbytes)
+        ]
+        tasks += [(length, t) for name in files for length, t in _copies(layout, name, files[name])]
+        with one_thread(), ThreadPoolExecutor(threads or default_threads(), "graph") as pool:
+            pending = [pool.submit(work, task) for _, task in tasks]
+            try:
+                for future in pending:
+                    future.result()
+            except BaseException:
+                stopped.set()
+                raise
+        for source in sources.values():
+            if isinstance(source, LocalFile):
+                _require_unchanged(source)
+    finally:
+        for one in files.values():
+            with suppress(OSError):
+                os.close(one.fd)
+                if one.input is not None:
+                    os.close(one.input)
+    return tallies
+
+
+def _require_unchanged(source: LocalFile) -> None:
+    if LocalFile(source.path).identity != source.identity:
+        raise error("input_changed", f"{source.name} was changed while it was read")
+
+
+def _opened(source: Source, path: Path, size: int) -> _File:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk.reported(path, size):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        disk.reserve(fd, size)
+        given = os.open(source.path, os.O_RDONLY) if isinstance(source, LocalFile) else None
+    except (OSError, LoratoolsError):
+        os.close(fd)
+        raise
+    return _File(source, fd, given)
+
+
+def _copies(
+    layout: Layout, name: str | None, file: _File
+) -> Iterator[tuple[int, Callable[[Desk], int]]]:
+    """What stays as it is, in portions; and the graph's edits."""
+    for piece in layout.pieces(name, file.source.size):
+        for part in range(0, piece.length, COPY):
+            start, to = piece.start + part, piece.to + part
+            length = min(COPY, piece.length - part)
+            yield length, _copying(file, start, to, length)
+    if name is not None:
+        return
+    shift = 0
+    holes = [(p.offset, p.offset + p.nbytes) for p in layout.patches if p.file is None]
+    for edit in layout.edits:
+        at, content = edit.start + shift, memoryview(edit.content)
+        shift += len(content) - (edit.end - edit.start)
+        for low, high in [
+            *sorted(h for h in holes if at <= h[0] < at + len(content)),
+            (None, None),
+        ]:
+            stop = at + len(content) if low is None else low
+            yield stop - at, _placing(file, content[: stop - at], at)
+            if low is not None and high is not None:
+                content, at = content[high - at :], high
+
+
+def _placing(file: _File, content: memoryview, at: int) -> Callable[[Desk], int]:
+    def task(_: Desk) -> int:
+        disk.write_from(file.fd, content, at)
+        return len(content)
+
+    return task
+
+
+def _copying(file: _File, start: int, to: int, length: int) -> Callable[[Desk], int]:
+    def task(_: Desk) -> int:
+        if file.input is None:
+            disk.write_from(file.fd, memoryview(file.source.read(start, length)), to)
+        else:
+            disk.copy_range(file.input, file.fd, start, to, length)
+        disk.start_writeback(file.fd, to, length)
+        return length
+
+    return task
+
+
+def _folding(
+    patch: Patch,
+    files: dict[str | None, _File],
+    cut: Cut | None,
+    gate: _Gate,
+    tallies: dict[str, Tally],
+) -> Callable[[Desk], int]:
+    def task(desk: Desk) -> int:
+        with gate.holding(patch.nbytes):
+            tallies[patch.target.name] = _folded(patch, files, cut, desk)
+        return patch.nbytes
+
+    return task
+
+
+def _folded(patch: Patch, files: dict[str | None, _File], cut: Cut | None, desk: Desk) -> Tally:
+    target, leaf = patch.target, patch.target.base
+    assert leaf is not None
+    dtype = torch_dtype(leaf.dtype)
+    raw = torch.empty(patch.nbytes, dtype=torch.uint8)
+    source = leaf.source
+    known = next((f for f in files.values() if f.source is source and f.input is not None), None)
+    view = _bytes(raw)
+    if known is not None and known.input is not None:
+        disk.read_into(known.input, view, leaf.offset)
+    else:
+        assert source is not None
+        view[:] = source.read(leaf.offset, patch.nbytes)
+    flat = raw.view(dtype)
+    stored = flat.view(target.shape[::-1] if patch.turned else _matrix(target.shape))
+
+    def block(count: int) -> Tensor:
+        return desk.room("block", stored[:, :count], dtype)
+
+    # Columns are copied out as a block before they are turned: a whole column's elements lie one
+    # row apart, which for widths that are powers of two all fall into a few lines of the cache.
+    def rows(start: int, stop: int) -> Tensor:
+        if not patch.turned:
+            return stored[start:stop]
+        return block(stop - start).copy_(stored[:, start:stop]).T
+
+    def emit(start: int, tile: Tensor) -> None:
+        # What a tile is made of has been read, and no other tile needs it: `prepare` was before.
+        if patch.turned:
+            stored[:, start : start + len(tile)].copy_(block(len(tile)).copy_(tile.T))
+        else:
+            stored[start : start + len(tile)].copy_(tile)
+
+    tally = fold_target(target, rows, emit, dtype=dtype, desk=desk, cut=cut)
+    tally.digest = hashlib.sha256(view).hexdigest()
+    out = files[patch.file].fd
+    for at in range(0, len(view), WRITEBACK):
+        disk.write_from(out, view[at : at + WRITEBACK], patch.offset + at)
+    disk.start_writeback(out, patch.offset, patch.nbytes)
+    return tally
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    rows = shape[0] if shape else 1
+    return rows, -1 if rows else 0
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.numpy()
+    return memoryview(flat)
