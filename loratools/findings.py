@@ -18,6 +18,15 @@ def about_base(base: Base) -> Iterator[Problem]:
     """What is wrong with a base whatever is folded into it."""
     if base.quantised:
         yield Problem("quantised_base", f"{shown(base.name)} is quantised ({base.quantised})")
+    running = base.graph.found.running if base.graph is not None else None
+    if running is not None:
+        yield Problem(
+            "graph_changed",
+            f"{shown(base.name)} computes with codes ({running}): what it computes depends on the "
+            "old weights' scales",
+            remedy="fold into the float32 graph, and quantise that: loratools export FOLDED "
+            "--quantize int8 --quantize-method dynamic",
+        )
     averages = sum(name.startswith("model_ema.") for name in base.tensors)
     if averages > AVERAGES:
         message = (

@@ -106,8 +106,7 @@ class Hub(HubServer):
         """Makes this process use this Hub: sets anew what the client read when imported."""
         from huggingface_hub import constants
 
-        for name in UNSET:
-            monkeypatch.delenv(name, raising=False)
+        unset(monkeypatch)
         for name, held in self.env().items():
             if name.startswith(("HF_", "NO_PROXY")):
                 monkeypatch.setenv(name, held)
@@ -120,12 +119,23 @@ class Hub(HubServer):
             "HF_TOKEN_PATH": str(self.home / "token"),
             "HF_STORED_TOKENS_PATH": str(self.home / "stored_tokens"),
             "AGENT_HARNESSES_PATH": str(self.home / ".agent_harnesses.json"),
-            "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_DISABLE_PROGRESS_BARS": True,
             "HF_HUB_DISABLE_TELEMETRY": True,
         }.items():
             monkeypatch.setattr(constants, name, held)
+
+
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes away what this machine, or another test module when it was imported, says of the Hub.
+
+    The library read it once: offline mode stays on until its constant is set back.
+    """
+    from huggingface_hub import constants
+
+    for name in UNSET:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

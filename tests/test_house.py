@@ -81,7 +81,7 @@ ONLY_IN = {
 MATHEMATICAL = set(
     "algebra narrowing truncating merging stored folding streaming proving "
     "exporting commands/numbers.py commands/folded.py commands/graph_fold.py commands/replayed.py "
-    "commands/again.py".split()
+    "commands/again.py weights/requantising.py".split()
 )
 NO_TORCH = {
     "errors",

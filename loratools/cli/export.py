@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -309,8 +309,11 @@ def _summary(result: ExportResult) -> None:
         say("  not compared with torch")
     else:
         say(f"  {_proof(result.parity)}")
-    for line in _times(result.latency or {}):
-        say(f"  {line}")
+    if result.latency:
+        say()
+        say(columns(_times(result.latency), right=(1, 2, 3), titled=True))
+        if result.notes or result.problems:
+            say()
     for note in result.notes:
         say(f"  {safe(note)}")
     for line in problem_lines(result.problems):
@@ -322,18 +325,19 @@ def _summary(result: ExportResult) -> None:
 
 
 def _proof(parity: Mapping[str, Any]) -> str:
-    text = f"equals torch to {parity['worst']:.1g} in {len(parity['cases'])} cases"
+    count = len(parity["cases"])
+    cases = f"{count} case{'s' if count > 1 else ''}"
+    text = f"equals torch to {parity['worst']:.1g} in {cases}"
     if all(case["allowed"] is None or case["allowed"] > 1 for case in parity["cases"]):
-        text = f"cosine with torch at least {parity['cosine']:.4f} in {len(parity['cases'])} cases"
+        text = f"cosine with torch at least {parity['cosine']:.4f} in {cases}"
     return text + (f", {parity['tokens']} greedy tokens the same" if parity["tokens"] else "")
 
 
-def _times(latency: Mapping[str, Any]) -> list[str]:
-    """Milliseconds a call, how far the rounds are apart, and the ratio to the first."""
-    wide = max(map(len, latency), default=0)
-    return [
-        f"{safe(name):<{wide}}  {row['seconds'] * 1e3:9.3f} ms a call  +{row['spread']:.0%}"
-        + (f"  x{row['ratio']:.2f}" if len(latency) > 1 else "")
+def _times(latency: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+    """Milliseconds a call, the ratio to the first, and how far the rounds are apart."""
+    title = ("graph", "ms a call", "to the first", "spread")
+    return [title] + [
+        (safe(name), f"{row['seconds'] * 1e3:.3f}", f"x{row['ratio']:.2f}", f"{row['spread']:.0%}")
         for name, row in latency.items()
     ]
 

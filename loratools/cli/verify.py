@@ -135,7 +135,8 @@ def _verdict(table: Mapping[str, Any]) -> None:
     if table["ok"]:
         say(strong(f"proved by {table['proved']}") + f": {checked}")
     else:
-        say(strong("not proved") + f": {checked}, {len(wrong)} mismatches")
+        count = f"{len(wrong)} mismatch{'es' if len(wrong) > 1 else ''}"
+        say(strong("not proved") + f": {checked}, {count}")
 
 
 def _mismatch(one: Mapping[str, Any]) -> str:

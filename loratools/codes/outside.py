@@ -93,7 +93,7 @@ OUTSIDE: dict[str, Code] = {
         11,
         "The Hub cannot be reached, or answers with an error of its own.",
         "https://huggingface.co: Connection refused",
-        "run the same command again; what arrived is not sent twice",
+        "run the same command again; what arrived already is not moved twice",
     ),
     "offline": Code(
         11,

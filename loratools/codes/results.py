@@ -178,7 +178,7 @@ RESULTS: dict[str, Code] = {
         5,
         "No exporter makes a graph of this.",
         "transformers' exporter: ...; torch's: ...",
-        "see what each exporter says",
+        "the message says why; another --exporter or --task may do",
         fixed=True,
     ),
 }

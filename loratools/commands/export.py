@@ -113,7 +113,8 @@ def export(
 
     `model` is a folder that transformers' Auto classes or diffusers load, an id of the Hub, or a
     live module; any other module needs sample `inputs`, and `dynamic` names their dimensions that
-    move ({input: {dimension: name}}; by default the first one of each). Graphs are compared with
+    move ({input: {dimension: name}}; by default the first one of each). Adapters are folded into a
+    copy of a live module. Graphs are compared with
     torch in onnxruntime at sizes that were never traced; where they differ the files stay in
     `OUT.failed`, and ProofError is raised. With `into` it is `merge(adapters, base=into,
     reference=model)`.
@@ -128,6 +129,8 @@ def export(
     if into is not None:
         if not isinstance(model, str | Path):
             raise error("usage", "--into folds into the graph of a model in a folder")
+        if not adapters:
+            raise error("usage", "--into folds adapters into a graph; name them: --adapter A")
         from loratools.commands.merge import merge
 
         return merge(
@@ -166,13 +169,8 @@ def export(
             refuse_early(Path(out), named, force=force)
             subject = from_folder(model, adapters, weights, wish, Path(out), fold, stack)
         else:
-            named = []
-            if adapters:
-                raise error(
-                    "usage",
-                    "fold adapters into a module first: loratools.fold_into(module, adapters)",
-                )
-            subject = from_module(model, wish, inputs)
+            named = [Path(p) for p in adapters if sources.address_of(p) is None]
+            subject = from_module(model, adapters, weights, wish, inputs, fold)
         result = publish_export(
             subject, wish, Path(out), inputs=inputs, dynamic=dynamic, named=named, force=force,
             hash=hash,

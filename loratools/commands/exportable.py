@@ -57,12 +57,13 @@ def from_folder(
     """Load a folder; adapters are folded in float32 into a temporary one first."""
     from loratools.exporting import loading
 
+    _refuse_gguf(Path(model))
     found = sources.base(model)
     _refuse_bases(found)
     base = sources.here(found)
     folder = base.bundle.path
     assert folder is not None
-    config = loading.config_of(folder)
+    config = loading.config_of(folder, base.name)
     task = _task(wish, config)
     subject = Subject(
         None, Path(base.name).name, folder, config, {"model": receipt.base_entry(base)}
@@ -83,8 +84,9 @@ def from_folder(
     if wish.to != "genai":
         assert subject.folder is not None
         loaded = loading.load(
-            subject.folder, task, subject.config, trust_remote_code=wish.trust_remote_code
-        )
+            subject.folder, task, subject.config, trust_remote_code=wish.trust_remote_code,
+            name=base.name,
+        )  # fmt: skip
         subject.module, subject.fresh = loaded.module, loaded.fresh
     elif subject.running is not None:
         raise error("usage", "--to genai builds its own graph: no runtime adapter goes into it")
@@ -143,6 +145,18 @@ def _running(
     subject.origin["adapters"] = _entries(some, [1.0])
 
 
+def _refuse_gguf(path: Path) -> None:
+    if not path.is_file():
+        return
+    with path.open("rb") as opened:
+        found = opened.read(4) == b"GGUF"
+    if found:
+        raise error(
+            "not_exportable",
+            f"{shown(path.name)} is a GGUF file; export the model that it was made from",
+        )
+
+
 def _refuse_bases(base: Base) -> None:
     if base.bundle.chosen is not None:
         if base.bundle.chosen.endswith(".onnx"):
@@ -169,8 +183,15 @@ def _task(wish: Wish, config: Mapping[str, Any]) -> str:
     return wish.task if wish.kv_cache else tasks.base_of(wish.task)
 
 
-def from_module(module: Any, wish: Wish, inputs: Any) -> Subject:
-    """A copy of a live module."""
+def from_module(
+    module: Any,
+    adapters: Sequence[str | Path],
+    weights: Any,
+    wish: Wish,
+    inputs: Any,
+    fold: Mapping[str, Any],
+) -> Subject:
+    """A copy of a live module, with adapters folded into it."""
     import torch
 
     if not isinstance(module, torch.nn.Module):
@@ -192,7 +213,34 @@ def from_module(module: Any, wish: Wish, inputs: Any) -> Subject:
     }
     # Tracing changes weights for a while, and other threads may be using them.
     module = copy.deepcopy(module).cpu().float().eval()
-    return Subject(module, type(module).__name__, None, facts, origin)
+    subject = Subject(module, type(module).__name__, None, facts, origin)
+    if adapters:
+        _fold_live(subject, adapters, weights, fold)
+    return subject
+
+
+def _fold_live(
+    subject: Subject, adapters: Sequence[str | Path], weights: Any, fold: Mapping[str, Any]
+) -> None:
+    """Fold adapters into the copy; tied tensors change together, as PEFT does it."""
+    from loratools.commands.live import fold_into
+
+    if asked := [name for name in ("only", "skip", "untie") if fold[name]]:
+        raise error("usage", f"{asked[0]} belongs to a model in a folder, not to a live module")
+    paths, factors = weights_for([str(a) for a in adapters], weights, required=True)
+    plain = [w for w in factors if isinstance(w, float | int)]
+    if len(plain) < len(factors):
+        raise error("usage", "weights by name belong to a model in a folder, not to a live module")
+    some = load_all(paths, fold["assume"])
+    if runtimes.is_runtime(some):
+        raise error(
+            "usage",
+            f"{shown(next(a for a in some if a.runtime is not None).name)} acts where the model "
+            "runs: export it from the model's folder",
+        )
+    assert subject.module is not None
+    fold_into(subject.module, some, weights=plain, allow=fold["allow"])
+    subject.origin["adapters"] = _entries(some, factors)
 
 
 def task_of(subject: Subject, wish: Wish, inputs: object) -> str:

@@ -109,11 +109,13 @@ def _size(subject: Subject) -> int:
 
 def _trace(work: Work, inputs: Any, dynamic: Any) -> None:
     from loratools.exporting import models, one_decoder, tasks, tracing
-    from loratools.exporting.runtimes_table import chosen
+    from loratools.exporting.runtimes_table import OPSET_OF_INT4, chosen
 
     wish, subject = work.wish, work.subject
-    opset, ir = chosen(wish.for_ort, opset=wish.opset, ir=wish.ir)
-    asked = wish.opset is not None or wish.for_ort is not None
+    asked = wish.opset
+    if asked is None and wish.for_ort is None and (wish.bits, wish.method) == (4, "qdq"):
+        asked = OPSET_OF_INT4
+    opset, ir = chosen(wish.for_ort, opset=asked, ir=wish.ir)
     assert subject.module is not None
     module = _with_running(work, subject.module)
     work.traced = tracing.trace(
@@ -121,7 +123,7 @@ def _trace(work: Work, inputs: Any, dynamic: Any) -> None:
         work.task,
         work.folder,
         exporter=wish.exporter,
-        opset=opset if asked else None,
+        opset=opset if asked or wish.for_ort else None,
         ir=ir,
         shape=wish.shape,
         kv_cache=work.task.endswith(tasks.PAST),
@@ -220,7 +222,8 @@ def _prove(work: Work, kind: str) -> None:
         raise error("proof_failed", f"the graph differs from torch: {shown(more[0])}{said}")
     if kind.startswith("int") and found.cosine < COSINE:
         words = f"quantised outputs have a cosine of {found.cosine:.3f} with the exact ones"
-        work.problems.append(Problem("loss", words, "warning"))
+        other = "--quantize int8" if work.wish.bits == 4 else "--dtype fp16"
+        work.problems.append(Problem("loss", words, "warning", remedy=f"{other} keeps more"))
 
 
 def _change(work: Work) -> None:
@@ -304,7 +307,7 @@ def _switches(work: Work) -> None:
             raise error("usage", "--switchable takes one number for each adapter as its weight")
         pack(adapter, graph, path, weights=[float(weight)])
         packs[path] = adapter
-    work.made.append(f"switchable, {len(some)} packs")
+    work.made.append(f"switchable, {len(some)} pack{'s' if len(some) > 1 else ''}")
     _prove(work, "switchable")
     if work.wish.verify and not work.wish.shape:
         _prove_packs(work, graph, packs)
@@ -326,11 +329,21 @@ def _prove_packs(work: Work, graph: Path, packs: Mapping[Path, Adapter]) -> None
 
 
 def _genai(work: Work) -> None:
-    from loratools.exporting.layouts import genai
+    from loratools.exporting.layouts import PROVED_LENGTH, genai, prove_genai, unread_tokenizer
+    from loratools.proving.parity import Figure, Parity
 
-    assert work.subject.folder is not None
+    folder = work.subject.folder
+    assert folder is not None
     precision = "int4" if work.wish.bits == 4 else work.wish.dtype
-    genai(work.subject.folder, work.folder, precision=precision)
+    genai(folder, work.folder, precision=precision)
+    if precision != "fp32":
+        work.made.append(precision)
+    if why := unread_tokenizer(work.folder):
+        work.notes.append(f"onnxruntime-genai cannot read this tokenizer, feed it tokens: {why}")
+    if work.wish.verify:
+        figures = prove_genai(folder, work.folder, precision)
+        case = f"a prompt of {PROVED_LENGTH}"
+        work.proofs[precision] = Parity([Figure("model.onnx", case, "logits", *figures, None)])
 
 
 def _lay_out(work: Work) -> None:

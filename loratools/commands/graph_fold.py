@@ -22,7 +22,8 @@ from loratools.containers.bundle import local
 from loratools.errors import Problem, error, shown
 from loratools.exporting.graph_writing import write_graph
 from loratools.exporting.into_graph import Layout, laid_out
-from loratools.folding import Cut, choose_device
+from loratools.exporting.requantised import source_of
+from loratools.folding import Cut, Tally, choose_device
 from loratools.plan import Plan
 from loratools.views import same
 from loratools.weights.placing import resolved
@@ -137,6 +138,7 @@ def fold_graph(
     result.update_kept = pooled(tallies.values())
     result.truncation_error = truncation(tallies)
     result.groups = groups(plan, dict(tallies), sample.tallies)
+    result.notes += tuple(_kept(plan, tallies))
     result.weaker = output.weaker
     if lost(result.update_kept, KEPT) and not any(p.code == "loss" for p in result.problems):
         result.problems += (Problem("loss", survives(result.update_kept), "warning"),)
@@ -156,6 +158,8 @@ def _rows_as_stored(plan: Plan) -> Plan:
         plain = all(isinstance(t.delta, LowRank) for t in target.terms)
         if stored is None or not stored.turned or not plain or not target.terms:
             continue
+        if source_of(target) is not None:
+            continue
         terms = tuple(
             replace(t, place=replace(t.place, transposed=not t.place.transposed))
             for t in target.terms
@@ -171,6 +175,23 @@ def _told(layout: Layout) -> list[str]:
     first = shown(layout.split[0])
     more = f" and {len(layout.split) - 1} more" if len(layout.split) > 1 else ""
     return [f"{first}{more}: shared with other weights in the graph, now a tensor of its own"]
+
+
+def _kept(plan: Plan, tallies: Mapping[str, Tally]) -> list[str]:
+    """How much of the update the codes kept, from the weight that kept least."""
+    found = {
+        name: kept
+        for name, tally in tallies.items()
+        if source_of(plan.targets[name]) is not None and (kept := tally.update_kept) is not None
+    }
+    if not found:
+        return []
+    least, most = min(found, key=lambda n: found[n]), max(found, key=lambda n: found[n])
+    return [
+        f"quantised again in the same scheme: {len(found)} weights keep {found[least]:.0%} "
+        f"({shown(least)}) to {found[most]:.0%} ({shown(most)}) of their update; the receipt has "
+        "each"
+    ]
 
 
 def _lineage(plan: Plan, recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -245,11 +266,12 @@ def _require_written(
         )  # fmt: skip
         if after is None or not there:
             raise error("storage", f"{shown(tensor)} was not written as planned")
-        if tensor in changed or before.leaf is None or after.leaf is None or not hashed:
+        was, now = before.content, after.content
+        if tensor in changed or was is None or now is None or not hashed:
             continue
-        if not same(before.leaf, after.leaf):
+        if not same(was, now):
             raise error("storage", f"{shown(tensor)} was not copied as it is")
-        found[tensor] = _digest(after.leaf)
+        found[tensor] = _digest(now)
     return found
 
 

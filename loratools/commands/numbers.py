@@ -11,6 +11,7 @@ import torch
 
 from loratools.adapter import FLOATS, Adapter, Experts, Leaf, LowRank, leaves
 from loratools.errors import Problem, Severity, shown
+from loratools.exporting.requantised import sample_codes, source_of
 from loratools.folding import Cut, Tally, fold_sample, one_thread, torch_dtype
 from loratools.narrowing import not_finite
 from loratools.plan import Plan
@@ -106,6 +107,8 @@ def sampled(
     def one(name: str) -> Tally:
         stored = plan.targets[name].base
         assert stored is not None
+        if source_of(plan.targets[name]) is not None:
+            return sample_codes(plan.targets[name], cut=cut)
         out = dtype if dtype and stored.dtype in FLOATS else stored.dtype
         return fold_sample(plan.targets[name], dtype=torch_dtype(out), cut=cut)
 
@@ -121,7 +124,11 @@ def sampled(
                 "loss",
                 f"in {dtype or 'the base dtype'} {survives(kept)}",
                 severity,  # type: ignore[arg-type]
-                remedy="--dtype fp32 keeps all of it",
+                remedy=(
+                    "--dtype fp32 keeps all of it"
+                    if plan.base.graph is None
+                    else "fold into the float32 graph, and quantise that"
+                ),
             )
         )
     return Sampled(tallies, problems)

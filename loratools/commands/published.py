@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loratools.hub.card import Card
     from loratools.hub.facts import Facts, Parent
 
+Progress = Callable[[int, int], None]
 README = "README.md"
 GRAPH = 200_000_000  # bytes of a graph that is walked for a card
 BITS = {"MatMulNBits": 4, "DynamicQuantizeLinear": 8, "QuantizeLinear": 8, "DequantizeLinear": 8}
@@ -32,6 +33,7 @@ def planned(
     exclude: Sequence[str] = (),
     inside: str = "",
     base_models: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Artefact:
     """What would be published of a path, with all that is wrong at once; nobody is asked."""
     from loratools.hub.artefact import artefact, hub_id
@@ -44,6 +46,7 @@ def planned(
         inside=inside,
         format=found.format if found else None,
         base_models=base_models,
+        progress=progress,
     )
     base = hub_id(found.base) if found else None
     if base is None or planned.base_ids or planned.base_path:

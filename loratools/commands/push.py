@@ -14,7 +14,6 @@ from loratools.commands.push_plan import (
     Wanted,
     card_text,
     complete,
-    hashing,
     known,
     looked,
     ordered,
@@ -144,13 +143,14 @@ def push(
     if not dry_run:
         pushing.require_who()
     found = planned(
-        wanted.path, include=include, exclude=exclude, inside=wanted.inside, base_models=base_model
-    )
+        wanted.path, include=include, exclude=exclude, inside=wanted.inside,
+        base_models=base_model, progress=progress,
+    )  # fmt: skip
     api = access.api()
     with pushing.quiet(bars=bars):
         remote, offline = looked(api, wanted, dry_run=dry_run)
         files, problems, notes = complete(found, wanted, remote, api, ask=not offline)
-        plan = pushing.difference(files, remote, hashed=hashing(files, progress))
+        plan = pushing.difference(files, remote)
         files, more, said = signed(plan, wanted, api)
         plan = pushing.difference(files, remote, hashed=known(plan))
         problems += [*more, *plan.problems, *unfit(remote, wanted, offline=bool(offline))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from loratools.hub.artefact import Artefact, File
     from loratools.hub.comparing import Difference, Remote
 
-Progress = Callable[[int, int], None]
 README = "README.md"
 
 
@@ -94,7 +94,17 @@ def ordered(
 
 def require_sense(wanted: Wanted) -> None:
     """Raise usage for options that contradict each other."""
+    from loratools.hub.address import is_revision
+
     said = wanted.options
+    for flag, name in (("--revision", wanted.revision), ("--tag", said["tag"])):
+        if name is not None and not is_revision(name):
+            raise error("usage", f"{flag} {shown(name)}: git has no such name of a branch or a tag")
+    if wanted.revision.startswith("refs/") and not re.fullmatch(
+        r"refs/pr/\d{1,9}", wanted.revision
+    ):
+        what = "expected a branch, or refs/pr/N of an open pull request"
+        raise error("usage", f"--revision {shown(wanted.revision)}: {what}")
     if said["public"] and said["private"]:
         raise error("usage", "--public and --private exclude each other")
     if said["create_pr"] and said["revision"]:
@@ -187,13 +197,28 @@ def _inside(wanted: Wanted, name: str) -> str:
 def _existing(wanted: Wanted, remote: Remote, api: Any) -> str | None:
     """The card that the repository has."""
     from loratools.hub import access
+    from loratools.hub.artefact import README_LIMIT
     from loratools.hub.pushing import fetched
 
     name = _inside(wanted, README)
+    kept = wanted.options["card"] in (None, "auto", "keep")
     if name not in remote.files:
         return None
+    what = f"{shown(name)} of {shown(remote.repo)}"
+    remedy = "mend it on the Hub; --card FILE replaces it, --card none leaves it alone"
+    size = remote.files[name].size
+    if size > README_LIMIT:
+        if not kept:
+            return None
+        words = f"{what} has {size} bytes; a card has {README_LIMIT} at most"
+        raise error("card", words, [Problem("card", words, remedy=remedy)])
     with access.translated(f"read {name}", repo=remote.repo):
-        return fetched(api, remote, name).decode(errors="replace")
+        raw = fetched(api, remote, name)
+    try:
+        return raw.decode(errors="strict" if kept else "replace")
+    except UnicodeDecodeError:
+        words = f"{what} is not UTF-8: it cannot be kept to the letter"
+        raise error("card", words, [Problem("card", words, remedy=remedy)]) from None
 
 
 def _written(found: Artefact, name: str, content: bytes) -> File:
@@ -206,21 +231,6 @@ def _written(found: Artefact, name: str, content: bytes) -> File:
 def card_text(files: Sequence[File]) -> str | None:
     held = next((f.replaced for f in files if Path(f.name).name == README), None)
     return None if held is None else held.decode(errors="replace")
-
-
-def hashing(files: Sequence[File], progress: Progress | None) -> Callable[[File], str]:
-    """Hashes that tell how far they are."""
-    total, done = sum(f.size for f in files), 0
-
-    def hashed(file: File) -> str:
-        nonlocal done
-        found = file.sha256()
-        done += file.size
-        if progress is not None:
-            progress(done, total)
-        return found
-
-    return hashed
 
 
 def known(plan: Difference) -> Callable[[File], str]:

@@ -14,7 +14,7 @@ from loratools import formats, receipt
 from loratools.adapter import Adapter, Origin, Source
 from loratools.commands.companions import SMALL, TOKENIZER, is_companion
 from loratools.containers.bundle import Bundle, local
-from loratools.errors import LoratoolsError, error, shown
+from loratools.errors import LoratoolsError, Problem, error, shown
 from loratools.weights.base import Base, headers, is_hub_id
 from loratools.weights.placing import WEIGHTS
 
@@ -40,7 +40,10 @@ def at(source: str | Path) -> Bundle:
     """
     found = address_of(source)
     if found is None:
-        return local(source)
+        try:
+            return local(source)
+        except LoratoolsError as cause:
+            raise _proposed(source, cause) from cause
     from loratools.hub.remote import bundle
 
     try:
@@ -51,6 +54,18 @@ def at(source: str | Path) -> Bundle:
         message = f"no file or folder named {shown(source)} here; on the Hub: {cause.message}"
         told = [replace(p, message=message) for p in cause.problems[:1]]
         raise error(cause.code, message, told) from cause
+
+
+def _proposed(source: str | Path, cause: LoratoolsError) -> LoratoolsError:
+    """The same error; with the address that was meant, where org/name/file was typed."""
+    parts = str(source).split("/")
+    if cause.code != "not_found" or len(parts) < 3 or os.path.lexists(parts[0]):
+        return cause
+    meant = f"{parts[0]}/{parts[1]}:{'/'.join(parts[2:])}"
+    if isinstance(source, Path) or address_of(meant) is None:
+        return cause
+    remedy = f"check the path; a file in a repository of the Hub is {shown(meant)}"
+    return error(cause.code, cause.message, [Problem(cause.code, cause.message, remedy=remedy)])
 
 
 def address_of(source: str | Path) -> Address | None:

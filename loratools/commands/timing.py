@@ -36,6 +36,7 @@ def latencies(work: Work) -> dict[str, Any]:
             if len(graphs) == 1 and work.subject.adapters:
                 some |= _beside(work, room)
             name = "switchable" if work.wish.switchable else "merged" if some else path.name
+            name = ", ".join([name, *(m for m in work.made if not m.startswith("switchable"))])
             some[name] = Timed(path)
             for pack in sorted(work.folder.glob("*.onnx_adapter")):
                 some[f"{name}, {pack.stem} active"] = Timed(path, adapter=pack)

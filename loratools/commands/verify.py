@@ -87,8 +87,8 @@ def verify(
     """
     if require not in (None, "hashes", "replay"):
         raise error("usage", f"--require {shown(require)}: expected hashes or replay")
-    model = sources.pulled(model, every=key is not None, progress=progress)
-    signed = None if key is None else _signed(model, key)
+    name, model = model, sources.pulled(model, every=key is not None, progress=progress)
+    signed = None if key is None else _signed(model, key, str(name))
     if signed is not None and not signed.ok:
         return signed
     found = receipt.read(model)
@@ -125,12 +125,12 @@ def verify(
 # ------------------------------------------------------------------------------- signatures
 
 
-def _signed(model: str | Path, key: str | Path) -> VerifyResult:
-    """What a signature says of a folder's files."""
+def _signed(model: str | Path, key: str | Path, name: str) -> VerifyResult:
+    """What a signature says of a folder's files; `name` is what the user calls it."""
     from loratools.hub import signing
     from loratools.proving.differences import Mismatch
 
-    found = signing.check(model, key)
+    found = signing.check(model, key, name=name)
     words = (
         (found.changed, "is not the file that was signed"),
         (found.missing, "was signed and is not there"),

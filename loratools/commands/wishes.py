@@ -62,7 +62,7 @@ def wished(
 ) -> Wish:
     """The options as one wish; UsageError for what contradicts itself."""
     from loratools.exporting import tasks
-    from loratools.exporting.runtimes_table import FUSES, release
+    from loratools.exporting.runtimes_table import FUSES, OPSET_OF_INT4, chosen, release
 
     precision = DTYPES.get(dtype.removeprefix("torch.").lower())
     if precision is None:
@@ -72,9 +72,10 @@ def wished(
         raise error("usage", f"--quantize {shown(quantize)}: expected none, int8 or int4")
     bits = QUANTIZE[quantize]
     if method is not None and (bits is None or method not in METHODS[bits]):
-        said = f"with --quantize {quantize}" if bits is None else f"of {quantize}"
-        known = "none" if bits is None else ", ".join(METHODS[bits])
-        raise error("usage", f"--quantize-method {shown(method)}: {said} there is {known}")
+        if bits is None:
+            raise error("usage", f"--quantize-method {shown(method)} needs --quantize int8 or int4")
+        known = ", ".join(METHODS[bits])
+        raise error("usage", f"--quantize-method {shown(method)}: of {quantize} there is {known}")
     if to not in TO:
         raise error("usage", f"--to {shown(to)}: expected {', '.join(TO)}")
     if task != "auto":
@@ -86,6 +87,11 @@ def wished(
             f"--fuse --for-ort {shown(more['for_ort'])}: fused graphs need onnxruntime {least}; "
             "leave one of the two out",
         )
+    if (bits, method) == (4, "qdq") and (more["opset"] or more["for_ort"]):
+        opset, _ = chosen(more["for_ort"], opset=more["opset"], ir=more["ir"])
+        if opset < OPSET_OF_INT4:
+            said = f"needs opset {OPSET_OF_INT4}, not {opset}; nbits does not"
+            raise error("usage", f"--quantize int4 --quantize-method qdq {said}")
     wish = Wish(
         task=task, shape=_shape(shape), dtype=precision, bits=bits,
         method=method or ("nbits" if bits else None), to=to, **more,
@@ -97,6 +103,8 @@ def wished(
         (wish.ort and to != "onnx", f"--ort and --to {to}"),
         (wish.shape and to == "genai", "--shape and --to genai"),
         (bits == 8 and to == "genai", "--quantize int8 and --to genai"),
+        (to == "genai" and not more["kv_cache"], "--no-kv-cache and --to genai"),
+        (to == "genai" and wish.fuse, "--fuse and --to genai, whose graph is fused"),
     ]
     for both, words in together:
         if both:

@@ -37,6 +37,7 @@ class Bundle:
     inner: Callable[[str], Bundle] = _no_folder  # the sub-folder of a name
     origin: Origin | None = None  # where on the Hub this stands, if it does
     addressed: bool = False  # `name` is an address of the Hub, and no path
+    outer: Callable[[], Bundle] | None = None  # on the Hub: the folder around this one
 
     def __contains__(self, name: str) -> bool:
         return name in self.names

@@ -15,6 +15,8 @@ from loratools.containers.local import LocalFile
 from loratools.containers.protobuf import BYTES, Field, Span, Walk
 from loratools.errors import error, shown
 
+# 4 and 2 bits: several numbers to a byte, the lower bits first.
+PACKED = {21: ("U4", 4), 22: ("I4", 4), 25: ("U2", 2), 26: ("I2", 2)}
 DIMENSIONS = 64
 EXTENT = 1 << 40
 
@@ -23,9 +25,9 @@ EXTENT = 1 << 40
 class Tensor:
     """A stored tensor: an initialiser, or the value of a Constant node (named as its output).
 
-    `leaf` is None for types that no safetensors name fits (texts, 4-bit numbers); `file` is the
-    file beside the graph that holds the bytes. Where `patchable`, they lie as the leaf's, one
-    after another.
+    `leaf` is None for types that no safetensors name fits (texts, 4-bit numbers), `packed` has the
+    bytes of those with less than 8 bits; `file` is the file beside the graph that holds the bytes.
+    Where `patchable`, they lie as the leaf's, one after another.
     """
 
     name: str
@@ -37,6 +39,19 @@ class Tensor:
     at: Span  # its message
     within: tuple[Span, ...]  # the messages around it, from outside, and itself
     node: int | None = None  # the Constant's place among the nodes
+    packed: Leaf | None = None
+
+    @property
+    def content(self) -> Leaf | None:
+        """The tensor's bytes, whatever they stand for."""
+        return self.leaf if self.leaf is not None else self.packed
+
+    @property
+    def dtype(self) -> str:
+        """As a leaf has it, or of fewer bits; empty for others."""
+        if self.leaf is not None:
+            return self.leaf.dtype
+        return PACKED[self.data_type][0] if self.data_type in PACKED else ""
 
 
 def entry(walk: Walk, f: Field, limit: int, wanted: str | None = None) -> tuple[str, str]:
@@ -96,6 +111,9 @@ class Tensors:
             raise error("malformed", f"{what} has the shape {shape}")
         dtype, extents = TYPES.get(data_type), tuple(shape)
         around = (*within, span)
+        bits = PACKED[data_type][1] if data_type in PACKED else 0
+        if bits:
+            dtype, extents = "U8", (-(-math.prod(shape) * bits // 8),)
         if dtype is None or dtype == "C64":
             if location == 1:
                 self._external(what, external, None)
@@ -105,10 +123,13 @@ class Tensors:
             if data:
                 raise error("malformed", f"{what} has data here and in another file")
             file, source, offset = self._external(what, external, empty.nbytes)
-            leaf = Leaf(name, dtype, extents, source, offset)
-            return Tensor(name, data_type, extents, leaf, file, True, span, around, node)
-        leaf, patchable = self._inline(what, empty, data)
-        return Tensor(name, data_type, extents, leaf, None, patchable, span, around, node)
+            leaf, patchable = Leaf(name, dtype, extents, source, offset), True
+        else:
+            file = None
+            leaf, patchable = self._inline(what, empty, data)
+        one, packed = (None, leaf) if bits else (leaf, None)
+        place = (file, patchable, span, around, node, packed)
+        return Tensor(name, data_type, tuple(shape), one, *place)
 
     def _inline(self, what: str, empty: Leaf, data: Mapping[int, list[Field]]) -> tuple[Leaf, bool]:
         """The leaf of bytes in the graph itself, and whether they lie there as they are."""

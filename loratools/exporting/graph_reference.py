@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter import FLOATS, Leaf
 from loratools.containers.onnx_tensors import Tensor
 from loratools.errors import error, shown
+from loratools.exporting.requantised import rounds
 from loratools.narrowing import narrow
 from loratools.stored import torch_dtype
 from loratools.weights.base import Base
 from loratools.weights.graph_names import Found, Stored
 from loratools.weights.graphs import rebuilt
+from loratools.weights.quantised import Quantised
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +30,9 @@ def confirmed(base: Base, reference: Base) -> Base:
     """The graph with its parameters under the reference's names, each one's content the same.
 
     W0 and its transpose are looked for; where both are there, where several tensors hold it and
-    names do not decide, the parameter is ambiguous. Raises usage where the base is no graph, and
-    other_base where no weight of the reference is in it.
+    names do not decide, the parameter is ambiguous. Weights that are codes are found by names, and
+    confirmed where their numbers are the reference's to within a step of the code. Raises usage
+    where the base is no graph, and other_base where no weight of the reference is in it.
     """
     graph = base.graph
     if graph is None:
@@ -125,6 +128,16 @@ def _settled(
     claimed: Set[str],
 ) -> int:
     """Place one parameter of the reference; how many tensors hold its content."""
+    if hint is not None and isinstance(codes := found.quantised.get(hint.tensor.name), Quantised):
+        if rounds(replace(codes, turned=hint.turned), leaf.tensor()):
+            found.stored[parameter] = replace(hint, how=HOW)
+            return 1
+        found.stored.pop(parameter, None)
+        found.others[parameter] = (
+            f"the codes of {shown(hint.tensor.name)} are those of other weights than the "
+            "reference's"
+        )
+        return 0
     hits = dict.fromkeys(_hits(leaf, here))
     if hint is None:  # equal numbers of a tensor that names give to another: zeros, ones
         hits = {hit: None for hit in hits if hit[0] not in claimed}

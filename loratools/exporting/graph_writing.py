@@ -7,9 +7,10 @@ tile put back where it came from; so one buffer of its size is all the memory th
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,11 +24,13 @@ from loratools.adapter import Source
 from loratools.containers.local import LocalFile
 from loratools.errors import LoratoolsError, error
 from loratools.exporting.into_graph import Layout, Patch
-from loratools.folding import Cut, Desk, Tally, fold_target, one_thread, torch_dtype
+from loratools.exporting.requantised import HELD, fold_codes, source_of
+from loratools.folding import Cut, Desk, Tally, extents, fold_target, one_thread, torch_dtype
 from loratools.plan import Plan
 from loratools.streaming import COPY, WRITEBACK, Progress, default_threads
 from loratools.weights import disk
 
+NEAR = 1 << 20  # bytes that are hashed and written while they are in the caches of a core
 AT_ONCE = 2  # of the largest weights are held at a time, however many threads there are
 
 
@@ -38,6 +41,7 @@ class _Gate:
     size: int
     used: int = 0
     turn: threading.Condition = field(default_factory=threading.Condition)
+    free: list[Tensor] = field(default_factory=list)  # buffers of weights that are done
 
     @contextmanager
     def holding(self, nbytes: int) -> Iterator[None]:
@@ -50,6 +54,22 @@ class _Gate:
             with self.turn:
                 self.used -= nbytes
                 self.turn.notify_all()
+
+    @contextmanager
+    def buffer(self, nbytes: int) -> Iterator[Tensor]:
+        """That many bytes of memory; what a weight before had is taken again: new pages cost as
+        much as the arithmetic.
+        """
+        with self.holding(nbytes):
+            with self.turn:
+                fit = [b for b in self.free if b.numel() >= nbytes]
+                found = min(fit, key=len, default=None)
+                self.free = [b for b in self.free if b is not found] if fit else []
+            if found is None:
+                found = torch.empty(nbytes, dtype=torch.uint8)
+            yield found[:nbytes]
+            with self.turn:
+                self.free.append(found)
 
 
 @dataclass(slots=True)
@@ -92,7 +112,7 @@ def write_graph(
     sources: dict[str | None, Source] = {None: base.graph.source}
     sources.update(base.graph.files)
     local, at_device = threading.local(), device or torch.device("cpu")
-    gate = _Gate(AT_ONCE * max((p.nbytes for p in layout.patches), default=0))
+    gate = _Gate(AT_ONCE * max((_held(p) for p in _by_target(layout.patches)), default=0))
     tallies: dict[str, Tally] = {}
     stopped = threading.Event()
     files: dict[str | None, _File] = {}
@@ -110,8 +130,8 @@ def write_graph(
             path = place if name is None else place.parent / name
             files[name] = _opened(source, path, layout.sizes[name])
         tasks = [
-            (p.nbytes, _folding(p, files, cut, gate, tallies))
-            for p in sorted(layout.patches, key=lambda p: -p.nbytes)
+            (some[0].nbytes, _folding(some, files, cut, gate, tallies))
+            for some in sorted(_by_target(layout.patches), key=lambda some: -_held(some))
         ]
         tasks += [(length, t) for name in files for length, t in _copies(layout, name, files[name])]
         with one_thread(), ThreadPoolExecutor(threads or default_threads(), "graph") as pool:
@@ -198,66 +218,152 @@ def _copying(file: _File, start: int, to: int, length: int) -> Callable[[Desk], 
     return task
 
 
+def _by_target(patches: Iterable[Patch]) -> list[list[Patch]]:
+    """Patches that are one piece of work: a weight's numbers, or its codes and their scales."""
+    found: dict[str, list[Patch]] = {}
+    for patch in patches:
+        found.setdefault(patch.target.name, []).append(patch)
+    return list(found.values())
+
+
+def _held(patches: Sequence[Patch]) -> int:
+    """The bytes of memory that a piece of work takes."""
+    codes = source_of(patches[0].target)
+    return patches[0].nbytes if codes is None else HELD * math.prod(codes.form.shape)
+
+
 def _folding(
-    patch: Patch,
+    patches: Sequence[Patch],
     files: dict[str | None, _File],
     cut: Cut | None,
     gate: _Gate,
     tallies: dict[str, Tally],
 ) -> Callable[[Desk], int]:
+    target = patches[0].target
+
     def task(desk: Desk) -> int:
-        with gate.holding(patch.nbytes):
-            tallies[patch.target.name] = _folded(patch, files, cut, desk)
-        return patch.nbytes
+        if patches[0].part:
+            with gate.holding(_held(patches)):
+                tallies[target.name] = _folded_codes(patches, files, cut, desk)
+        else:
+            tallies[target.name] = _folded(patches[0], files, cut, desk, gate)
+        return sum(p.nbytes for p in patches)
 
     return task
 
 
-def _folded(patch: Patch, files: dict[str | None, _File], cut: Cut | None, desk: Desk) -> Tally:
-    target, leaf = patch.target, patch.target.base
-    assert leaf is not None
-    dtype = torch_dtype(leaf.dtype)
-    raw = torch.empty(patch.nbytes, dtype=torch.uint8)
-    source = leaf.source
-    known = next((f for f in files.values() if f.source is source and f.input is not None), None)
-    view = _bytes(raw)
-    if known is not None and known.input is not None:
-        disk.read_into(known.input, view, leaf.offset)
-    else:
-        assert source is not None
-        view[:] = source.read(leaf.offset, patch.nbytes)
-    flat = raw.view(dtype)
-    stored = flat.view(target.shape[::-1] if patch.turned else _matrix(target.shape))
-
-    def block(count: int) -> Tensor:
-        return desk.room("block", stored[:, :count], dtype)
-
-    # Columns are copied out as a block before they are turned: a whole column's elements lie one
-    # row apart, which for widths that are powers of two all fall into a few lines of the cache.
-    def rows(start: int, stop: int) -> Tensor:
-        if not patch.turned:
-            return stored[start:stop]
-        return block(stop - start).copy_(stored[:, start:stop]).T
-
-    def emit(start: int, tile: Tensor) -> None:
-        # What a tile is made of has been read, and no other tile needs it: `prepare` was before.
-        if patch.turned:
-            stored[:, start : start + len(tile)].copy_(block(len(tile)).copy_(tile.T))
-        else:
-            stored[start : start + len(tile)].copy_(tile)
-
-    tally = fold_target(target, rows, emit, dtype=dtype, desk=desk, cut=cut)
-    tally.digest = hashlib.sha256(view).hexdigest()
-    out = files[patch.file].fd
-    for at in range(0, len(view), WRITEBACK):
-        disk.write_from(out, view[at : at + WRITEBACK], patch.offset + at)
-    disk.start_writeback(out, patch.offset, patch.nbytes)
+def _folded_codes(
+    patches: Sequence[Patch], files: dict[str | None, _File], cut: Cut | None, desk: Desk
+) -> Tally:
+    weight, tally = fold_codes(patches[0].target, desk=desk, cut=cut)
+    written = weight.written()
+    for patch in patches:
+        out = files[patch.file].fd
+        disk.write_from(out, memoryview(written[patch.part]), patch.offset)
+        disk.start_writeback(out, patch.offset, patch.nbytes)
     return tally
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    rows = shape[0] if shape else 1
-    return rows, -1 if rows else 0
+def _folded(
+    patch: Patch, files: dict[str | None, _File], cut: Cut | None, desk: Desk, gate: _Gate
+) -> Tally:
+    target, leaf = patch.target, patch.target.base
+    assert leaf is not None
+    given = next((f.input for f in files.values() if f.source is leaf.source), None)
+
+    def read(view: memoryview, at: int) -> None:
+        if given is not None:
+            disk.read_into(given, view, leaf.offset + at)
+        else:
+            assert leaf.source is not None
+            view[:] = leaf.source.read(leaf.offset + at, len(view))
+
+    written = _Written(files[patch.file].fd, patch)
+    if patch.turned:
+        return _folded_whole(patch, read, written, cut, desk, gate)
+    dtype = torch_dtype(leaf.dtype)
+    height, width = extents(target.shape)
+    row = width * dtype.itemsize
+
+    def rows(start: int, stop: int) -> Tensor:
+        raw = _room(desk, (stop - start) * row)
+        read(_bytes(raw), start * row)
+        return raw.view(dtype).view(stop - start, width)
+
+    def emit(_: int, tile: Tensor) -> None:
+        written(_bytes(tile.reshape(-1).view(torch.uint8)))
+
+    assert height * row == patch.nbytes
+    tally = fold_target(target, rows, emit, dtype=dtype, desk=desk, cut=cut)
+    tally.digest = written.done()
+    return tally
+
+
+def _room(desk: Desk, nbytes: int) -> Tensor:
+    """Memory of this desk into which bytes are read."""
+    key = ("read", torch.uint8)
+    held = desk.buffers.get(key)
+    if held is None or held.numel() < nbytes:
+        held = desk.buffers[key] = torch.empty(nbytes, dtype=torch.uint8)
+    return held[:nbytes]
+
+
+def _folded_whole(
+    patch: Patch,
+    read: Callable[[memoryview, int], None],
+    written: _Written,
+    cut: Cut | None,
+    desk: Desk,
+    gate: _Gate,
+) -> Tally:
+    """Of a weight stored (in, out), which each tile of (out, in) rows takes columns of."""
+    target, leaf = patch.target, patch.target.base
+    assert leaf is not None
+    dtype = torch_dtype(leaf.dtype)
+    with gate.buffer(patch.nbytes) as raw:
+        view = _bytes(raw)
+        for at in range(0, len(view), WRITEBACK):
+            read(view[at : at + WRITEBACK], at)
+        stored = raw.view(dtype).view(target.shape[::-1])
+
+        def block(count: int) -> Tensor:
+            return desk.room("block", stored[:, :count], dtype)
+
+        # Columns are copied out as a block before they are turned: a whole column's elements lie
+        # one row apart, which for widths that are powers of two all fall into a few lines of the
+        # cache.
+        def rows(start: int, stop: int) -> Tensor:
+            return block(stop - start).copy_(stored[:, start:stop]).T
+
+        def emit(start: int, tile: Tensor) -> None:
+            # No other tile needs what this one is made of: `prepare` has read it before.
+            stored[:, start : start + len(tile)].copy_(block(len(tile)).copy_(tile.T))
+
+        tally = fold_target(target, rows, emit, dtype=dtype, desk=desk, cut=cut)
+        for at in range(0, len(view), NEAR):
+            written(view[at : at + NEAR])
+    tally.digest = written.done()
+    return tally
+
+
+class _Written:
+    """Writes a weight's bytes in order, hashes them, and lets the disk begin now and then."""
+
+    def __init__(self, fd: int, patch: Patch) -> None:
+        self.fd, self.at, self.begun = fd, patch.offset, patch.offset
+        self.hash = hashlib.sha256()
+
+    def __call__(self, raw: memoryview) -> None:
+        self.hash.update(raw)
+        disk.write_from(self.fd, raw, self.at)
+        self.at += len(raw)
+        if self.at - self.begun >= WRITEBACK:
+            disk.start_writeback(self.fd, self.begun, self.at - self.begun)
+            self.begun = self.at
+
+    def done(self) -> str:
+        disk.start_writeback(self.fd, self.begun, self.at - self.begun)
+        return self.hash.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from loratools.adapter import FLOATS
@@ -44,6 +44,7 @@ class Patch:
     file: str | None  # beside the graph, or None: in it
     offset: int
     nbytes: int
+    part: str = ""  # of a weight that is codes: the base's initialiser that this takes the place of
 
 
 class Piece(NamedTuple):
@@ -95,6 +96,13 @@ class _New(NamedTuple):
     name: str
     tensor: Tensor
     turned: bool
+    part: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        content = self.tensor.content
+        assert content is not None
+        return content.nbytes
 
 
 def laid_out(plan: Plan, texts: Mapping[str, str]) -> Layout:
@@ -120,6 +128,21 @@ def laid_out(plan: Plan, texts: Mapping[str, str]) -> Layout:
             continue
         uses = None if target.name in together else uses
         tensor = stored.tensor
+        if (codes := base.found.quantised.get(tensor.name)) is not None:
+            users = _users(base, stored, uses, together)
+            for part in codes.form.parts:
+                here = base.graph.tensors[part]
+                others = _slots(base.graph, part, users)
+                if others is None and here.patchable and here.content is not None:
+                    place = (here.file, here.content.offset, here.content.nbytes, part)
+                    patches.append(Patch(target, part, stored.turned, *place))
+                    continue
+                name = part if others is None else _free(base.graph, part, new)
+                new.append(_New(target, name, here, stored.turned, part))
+                edits += _renamed(base.graph, others or (), name)
+                if others is not None and part == codes.name:
+                    split.append(target.name)
+            continue
         if uses is not None:
             name = _free(base.graph, target.name, new)
             new.append(_New(target, name, tensor, stored.turned))
@@ -163,6 +186,28 @@ def _where(plan: Plan, base: GraphBase, target: Target) -> tuple[Stored, list[Us
     return stored, list(stored.uses)
 
 
+def _users(
+    base: GraphBase, stored: Stored, uses: Sequence[Use] | None, together: Mapping[str, str]
+) -> set[int]:
+    """The nodes that make numbers of a weight's codes, for this target or all that change alike."""
+    alike = [base[n] for n in together if base[n].tensor.name == stored.tensor.name]
+    some = uses if uses is not None else [u for s in (stored, *alike) for u in s.uses]
+    return {use.first[0] for use in some}
+
+
+def _slots(graph: Graph, part: str, users: set[int]) -> list[tuple[int, int]] | None:
+    """Where these nodes take an initialiser that others take too; None where no others do."""
+    slots = [
+        (at, slot)
+        for at, node in enumerate(graph.nodes)
+        for slot, name in enumerate(node.inputs)
+        if name == part
+    ]
+    if {at for at, _ in slots} <= users and part not in graph.outputs:
+        return None
+    return [place for place in slots if place[0] in users]
+
+
 def _together(base: GraphBase, changed: Iterable[Target]) -> dict[str, str]:
     """Targets that change one tensor, used by nobody else, alike: each → the first of them."""
     by_tensor: dict[str, list[Target]] = {}
@@ -196,8 +241,12 @@ def _free(graph: Graph, wanted: str, new: Iterable[_New]) -> str:
 
 def _rewired(graph: Graph, uses: Iterable[Use], name: str) -> list[Edit]:
     """The inputs of the nodes that take a tensor directly, renamed."""
+    return _renamed(graph, dict.fromkeys(use.first for use in uses), name)
+
+
+def _renamed(graph: Graph, slots: Iterable[tuple[int, int]], name: str) -> list[Edit]:
     edits = []
-    for at, slot in dict.fromkeys(use.first for use in uses):
+    for at, slot in slots:
         node = graph.nodes[at]
         f: Field = node.input_fields[slot]
         edits.append(Edit(f.tag, f.end, as_bytes(1, name.encode()), node.within))
@@ -207,9 +256,9 @@ def _rewired(graph: Graph, uses: Iterable[Use], name: str) -> list[Edit]:
 def _require_own_bytes(graph: Graph, patches: Iterable[Patch]) -> None:
     """That no other tensor lies where a patched one does."""
     spans = sorted(
-        (t.file or "", t.leaf.offset, t.leaf.offset + t.leaf.nbytes, t.name)
+        (t.file or "", leaf.offset, leaf.offset + leaf.nbytes, t.name)
         for t in graph.tensors.values()
-        if t.leaf is not None and t.patchable and t.leaf.nbytes
+        if (leaf := t.content) is not None and t.patchable and leaf.nbytes
     )
     names = {p.tensor for p in patches}
     end, before, file = 0, "", ""
@@ -236,21 +285,20 @@ def _with_new(
     sizes: dict[str | None, int] = {file: s.size for file, s in graph.files.items()}
     late: list[tuple[_New, Edit, int]] = []  # inline: how far its bytes are into the edit
     for one in new:
-        leaf = one.tensor.leaf
-        assert leaf is not None
-        file = one.tensor.file if leaf.nbytes > INLINE else None
+        nbytes = one.nbytes
+        file = one.tensor.file if nbytes > INLINE else None
         if file is not None:
             offset = -(-sizes[file] // ALIGNED) * ALIGNED
-            sizes[file] = offset + leaf.nbytes
-            patches.append(Patch(one.target, one.name, one.turned, file, offset, leaf.nbytes))
-            said = (("location", file), ("offset", str(offset)), ("length", str(leaf.nbytes)))
+            sizes[file] = offset + nbytes
+            patches.append(Patch(*one[:2], one.turned, file, offset, nbytes, one.part))
+            said = (("location", file), ("offset", str(offset)), ("length", str(nbytes)))
             body = _tensor_head(one) + b"".join(
                 as_bytes(13, as_bytes(1, k.encode()) + as_bytes(2, v.encode())) for k, v in said
             )
             body += as_number(14, 1)
         else:
-            body = _tensor_head(one) + as_head(9, leaf.nbytes)
-        data = b"" if file is not None else bytes(leaf.nbytes)
+            body = _tensor_head(one) + as_head(9, nbytes)
+        data = b"" if file is not None else bytes(nbytes)
         if one.name == one.tensor.name:  # where it stood, in another encoding
             at = one.tensor.at
             edit = Edit(at.start, at.end, body + data, one.tensor.within)
@@ -259,7 +307,7 @@ def _with_new(
             edit = Edit(graph.span.end, graph.span.end, content, (graph.span,))
         edits.append(edit)
         if file is None:
-            late.append((one, edit, len(edit.content) - leaf.nbytes))
+            late.append((one, edit, len(edit.content) - nbytes))
     edits += _texts(graph, {**texts, **_sidecar(base, new)})
     whole = with_lengths(edits)
     sizes[None] = graph.source.size + sum(len(e.content) - (e.end - e.start) for e in whole)
@@ -268,14 +316,12 @@ def _with_new(
     placed = [p if p.file is not None else _moved(p, moved(p.offset, whole)) for p in patches]
     for one, edit, inside in late:
         offset = _begin(edit, whole) + inside
-        leaf = one.tensor.leaf
-        assert leaf is not None
-        placed.append(Patch(one.target, one.name, one.turned, None, offset, leaf.nbytes))
+        placed.append(Patch(*one[:2], one.turned, None, offset, one.nbytes, one.part))
     return Layout(tuple(placed), tuple(whole), sizes, tuple(split))
 
 
 def _moved(patch: Patch, offset: int) -> Patch:
-    return Patch(patch.target, patch.tensor, patch.turned, None, offset, patch.nbytes)
+    return replace(patch, file=None, offset=offset)
 
 
 def _begin(edit: Edit, edits: Sequence[Edit]) -> int:
@@ -297,7 +343,12 @@ def _tensor_head(one: _New) -> bytes:
 def _sidecar(base: GraphBase, new: Iterable[_New]) -> dict[str, str]:
     """Our own list of parameters, where the graph has it or content alone found some of them."""
     graph, found = base.graph, base.found
-    added = {n.name: [n.target.name, n.turned] for n in new if n.name not in graph.tensors}
+    codes = found.quantised
+    added = {
+        n.name: [n.target.name, n.turned]
+        for n in new
+        if n.name not in graph.tensors and (not n.part or n.part in codes)
+    }
     known: dict[str, Any] = {}
     if SIDECAR in graph.metadata:
         known = json.loads(graph.metadata[SIDECAR])

@@ -25,20 +25,31 @@ class Loaded:
 
 
 def load(
-    folder: Path, task: str, config: Mapping[str, Any], *, trust_remote_code: bool = False
+    folder: Path,
+    task: str,
+    config: Mapping[str, Any],
+    *,
+    trust_remote_code: bool = False,
+    name: str | None = None,
 ) -> Loaded:
     """The module of a folder for a task, by transformers' Auto classes or diffusers.
 
     RefusedError `not_exportable` where the library cannot load it, with what it says.
     """
+    name = name or folder.name
     if task == tasks.UNET:
-        return _diffusers(folder, str(config["_class_name"]))
+        if "_class_name" not in config:
+            raise error(
+                "not_exportable",
+                f"{shown(name)} is no model of diffusers, which unet asks for",
+            )
+        return _diffusers(folder, str(config["_class_name"]), name)
     if isinstance(config.get("quantization_config"), Mapping):
         method = shown(config["quantization_config"].get("quant_method", "an unnamed method"))
         raise error(
             "not_exportable",
-            f"its weights are quantised ({method}); export the model they were made from, with "
-            "--quantize",
+            f"the weights of {shown(name)} are quantised ({method}); export the model they "
+            "were made from, with --quantize",
         )
     installed.require("transformers")
     import transformers
@@ -65,9 +76,7 @@ def load(
                     "not_exportable", f"transformers has no {by.__name__} of {kind} for {task}"
                 ) from cause
             lines = [line for line in str(cause).splitlines() if line.strip()]
-            why = (
-                shown(lines[0].replace(str(folder), folder.name)) if lines else type(cause).__name__
-            )
+            why = shown(lines[0].replace(str(folder), name)) if lines else type(cause).__name__
             raise error("not_exportable", f"transformers cannot load it: {why}") from cause
     unlike = [str(entry[0]) for entry in report.get("mismatched_keys", ())]
     fresh = tuple(sorted({*map(str, report.get("missing_keys", ())), *unlike}))
@@ -81,37 +90,36 @@ def _is_known(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type", "")) in CONFIG_MAPPING
 
 
-def _diffusers(folder: Path, name: str) -> Loaded:
+def _diffusers(folder: Path, by_name: str, name: str) -> Loaded:
     installed.require("diffusers")
     import diffusers
 
-    by = getattr(diffusers, name)
+    by = getattr(diffusers, by_name)
     with quiet():
         try:
             module = by.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         except (ValueError, OSError, KeyError, RuntimeError, TypeError) as cause:
-            why = shown(str(cause).replace(str(folder), folder.name))
+            why = shown(str(cause).replace(str(folder), name))
             raise error("not_exportable", f"diffusers cannot load it: {why}") from cause
     return Loaded(module.float().eval())
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path, name: str | None = None) -> dict[str, Any]:
     """config.json of a folder; NotFoundError without one, with what may have been meant."""
+    name = shown(name or folder.name)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise error(
             "usage",
-            f"{shown(folder.name)} is an adapter: loratools export BASE --adapter "
-            f"{shown(folder.name)} -o OUT",
+            f"{name} is an adapter: loratools export BASE --adapter {name} -o OUT",
         )
     if (folder / "model_index.json").exists():
         raise error(
             "usage",
-            f"{shown(folder.name)} is a diffusers pipeline: name a component, such as "
-            f"{shown(folder.name)}/unet",
+            f"{name} is a diffusers pipeline: name a component, such as {name}/unet",
         )
     path = folder / "config.json"
     if not path.is_file():
-        raise error("not_found", f"{shown(folder.name)} has no config.json; name a model's folder")
+        raise error("not_found", f"{name} has no config.json; name a model's folder")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as cause:

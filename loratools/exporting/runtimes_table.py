@@ -35,6 +35,7 @@ TABLE: Final[dict[tuple[int, int], tuple[int, int]]] = {
 OLDEST: Final = next(iter(TABLE))
 NEWEST: Final = next(reversed(TABLE))
 DEFAULT: Final = (20, 10)  # read by every release since 1.18; devices lag behind
+OPSET_OF_INT4: Final = 21  # as a type of tensors
 FUSES: Final = (1, 21)  # GroupQueryAttention takes positions and a bias from here on
 
 

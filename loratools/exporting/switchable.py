@@ -105,7 +105,7 @@ def switchable(
     if not all(f"{{{word}}}" in names for word in ("module", "side")) or names.count("{") != 2:
         raise error("usage", f"{shown(names)}: names are made of {{module}} and {{side}}")
     base = plan.base if plan is not None else base_of(graph)
-    plan = plan or _plan(adapters, packed.seen(base), ties)
+    plan = plan or _plan(adapters, base, ties)
     problems = list(_inexact(plan))
     model = outline.opened(graph)
     uses = branches.uses(model.graph)
@@ -155,7 +155,7 @@ def exact(delta: Kind, base: Leaf | None) -> LowRank | None:
     PEFT saves the base's own embedding along with a LoRA upon it: a replacement by equal numbers.
     """
     if isinstance(delta, Replace) and delta.rows is None and base is not None:
-        known = delta.then is not None and base.made is None  # not made of codes
+        known = delta.then is not None and not packed.is_packed(base)
         same = known and _same(delta.value, base)
         return exact(delta.then, base) if delta.then is not None and same else None
     if isinstance(delta, Made):
@@ -182,7 +182,7 @@ def _inexact(plan: Plan) -> Iterator[Problem]:
                 f"{shown(name)}: a {what} is no x·A·B that a graph could add beside a weight: fold "
                 "it instead (without --switchable)"
             )
-            if isinstance(term.delta, Replace) and target.base is not None and target.base.made:
+            if isinstance(term.delta, Replace) and packed.is_packed(target.base):
                 message = (
                     f"{shown(name)}: the adapter brings a copy of this weight, and the graph has "
                     "it quantised: make the float graph switchable, then quantise that"
@@ -306,7 +306,7 @@ def pack(
     if made is None:
         message = f"{shown(graph.name)} has no switches: make it with `export --switchable`"
         raise error("not_exportable", message)
-    plan = plan or _plan(some, packed.seen(base_of(graph), made), ties, factors)
+    plan = plan or _plan(some, packed.beside(base_of(graph), made), ties, factors)
     problems = list(_inexact(plan))
     known = {s.target: s for s in made.parameters}
     for name, target in plan.targets.items():

@@ -130,15 +130,16 @@ class Prompted(Around):
     def __init__(self, module: nn.Module, prompt: Tensor) -> None:
         super().__init__(module)
         self.prompt = nn.Parameter(prompt, requires_grad=False)  # (tokens, width)
+        self.tokens = len(prompt)  # a number, whoever traces this
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         embeddings = self.m.get_input_embeddings()(input_ids)  # type: ignore[operator]
         prompt = self.prompt.to(embeddings.dtype).expand(input_ids.shape[0], -1, -1)
         found = self.m(
             inputs_embeds=torch.cat([prompt, embeddings], 1),
-            attention_mask=_longer(attention_mask, len(self.prompt)),
+            attention_mask=_longer(attention_mask, self.tokens),
         )
-        return _tensors(found, 0, len(self.prompt))
+        return _tensors(found, 0, self.tokens)
 
 
 class PromptedWithin(Around):
@@ -147,6 +148,7 @@ class PromptedWithin(Around):
     def __init__(self, module: nn.Module, adapter: Adapter) -> None:
         super().__init__(module)
         self.prompt = nn.Parameter(_virtual(adapter), requires_grad=False)
+        self.tokens = len(self.prompt)
         inner = adapter.config.get("config")
         said: Mapping[str, Any] = inner if isinstance(inner, Mapping) else {}
         self.first = 1 if said.get("combine") == "prefix_after_bos" else 0
@@ -161,9 +163,9 @@ class PromptedWithin(Around):
         return torch.cat([found[:, : self.first], prompt, found[:, self.first :]], 1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        mask = _longer(attention_mask, len(self.prompt))
+        mask = _longer(attention_mask, self.tokens)
         found = self.m(input_ids=input_ids, attention_mask=mask)
-        return _tensors(found, self.first, len(self.prompt))
+        return _tensors(found, self.first, self.tokens)
 
 
 class Prefixed(Around):

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from loratools._version import VERSION
 from loratools.errors import CODES, LoratoolsError, Problem, error, shown
+from loratools.hub.messages import in_our_words
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -61,20 +62,23 @@ def token_source() -> str | None:
 def scrubbed(text: object) -> str:
     """Words of others without any token, and links without their signatures."""
     plain = str(text)
-    for held in _tokens():
+    for held in tokens():
         plain = plain.replace(held, "<token>")
     plain = re.sub(r"hf_\w{16,}|(?<=Bearer )[^\s'\"]+", "<token>", plain)
     plain = re.sub(r"(https?://)[^\s/@]+@", r"\1", plain)
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\">]*", r"\1", plain)
 
 
-def _tokens() -> Iterator[str]:
+def tokens() -> Iterator[str]:
     """The tokens that are set or stored, whatever they look like; nothing is refreshed."""
     from huggingface_hub import constants
 
     found = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     with suppress(OSError, UnicodeDecodeError):
         found.append(Path(constants.HF_TOKEN_PATH).read_text())
+    with suppress(OSError, UnicodeDecodeError):  # of `hf auth switch`: [name], hf_token = ...
+        kept = Path(constants.HF_STORED_TOKENS_PATH).read_text()
+        found += re.findall(r"(?m)^\s*hf_token\s*=\s*(\S{8,})\s*$", kept)
     yield from (held.strip() for held in found if held.strip())
 
 
@@ -88,7 +92,8 @@ def translated(
     Only what the library raised is translated; all else passes as it is.
     """
     try:
-        yield
+        with in_our_words():
+            yield
     except LoratoolsError:
         raise
     except Exception as cause:
@@ -125,7 +130,7 @@ def _fault(cause: BaseException, told: _Told) -> LoratoolsError | None:
         case theirs.OIDCError() | theirs.DeviceCodeError():
             return told.error("not_logged_in", _said(cause))
         case theirs.OfflineModeIsEnabled():
-            return told.error("offline", _offline_words())
+            return told.error("offline", offline_words())
         case theirs.LocalEntryNotFoundError():
             return _not_cached(cause, told)
         case theirs.GatedRepoError():
@@ -225,14 +230,15 @@ def _no_repository(told: _Told) -> LoratoolsError:
 def _not_cached(cause: BaseException, told: _Told) -> LoratoolsError:
     """What the cache lacks and the Hub did not give: for being offline, or as its cause says."""
     if offline():
-        return told.error("offline", f"{_offline_words()}, and the cache lacks what is asked for")
+        return told.error("offline", f"{offline_words()}, and the cache lacks what is asked for")
     inner = cause.__cause__
     if inner is not None and (ours := _fault(inner, told)):
         return ours
     return told.error("network", _said(cause), _network_advice(CODES["network"].remedy))
 
 
-def _offline_words() -> str:
+def offline_words() -> str:
+    """What switched offline mode on, in words."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name):
             return f"{name}={shown(os.environ[name])} is set"

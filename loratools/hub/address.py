@@ -90,12 +90,17 @@ def _parsed(text: str, said: str) -> Address:
     return made
 
 
+def is_revision(name: str) -> bool:
+    """Whether git can have a branch or a tag of this name."""
+    return bool(name) and len(name) <= LONGEST and not _NO_REVISION.search(name)
+
+
 def _checked(repo: str, revision: str | None, inside: str) -> Address | None:
     """The address, if the Hub and git could have such names."""
     inside = inside.removesuffix("/")
     if "--" in repo or ".." in repo or repo.endswith(".git"):
         return None
-    if revision is not None and (not revision or _NO_REVISION.search(revision)):
+    if revision is not None and not is_revision(revision):
         return None
     if inside and _NO_PATH.search(inside):
         return None

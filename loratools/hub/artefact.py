@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from loratools import receipt as receipts
+from loratools.containers import safetensors
 from loratools.containers.local import LocalFile
 from loratools.containers.strict_json import loads
 from loratools.errors import LoratoolsError, Problem, error, shown
-from loratools.hub import contents, wholeness
-from loratools.hub.choosing import README, Chosen, Kind, chosen, single
+from loratools.hub import contents, pickles, wholeness
+from loratools.hub.choosing import MOST, README, Chosen, Kind, chosen, single
 from loratools.hub.facts import parents_of
 from loratools.receipt import Receipt
 from loratools.weights.base import is_hub_id
 
+Progress = Callable[[int, int], None]
 CONFIG_LIMIT = 5_000_000  # bytes of a config
 README_LIMIT = 4_000_000
+SECRETS = 10  # of one file that are told
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".data", ".onnx_adapter", ".ort", ".npz")
 # Ids from before names had owners: there are no new ones (huggingface.co redirects each).
 OWNERS = {
@@ -96,9 +99,19 @@ class Artefact:
         return any(self.local(f) == name for f in self.files)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=MOST)
 def _fingerprint(file: LocalFile) -> str:
     return file.fingerprint()
+
+
+def _hashed(files: Sequence[File], progress: Progress | None) -> None:
+    """Hash all files, which card, receipt, signature and comparison then know."""
+    total, done = sum(f.size for f in files), 0
+    for file in files:
+        file.sha256()
+        done += file.size
+        if progress is not None:
+            progress(done, total)
 
 
 def artefact(
@@ -109,12 +122,14 @@ def artefact(
     inside: str = "",
     format: str | None = None,
     base_models: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Artefact:
     """What would be published of a folder or a file, with all that is wrong at once; offline.
 
     Files are chosen by a list of what belongs to a model, not by leaving out what looks bad;
     `include` and `exclude` are globs on paths within the folder, `inside` is the folder of the
-    repository. `format` is an adapter's, as `inspect` says; `base_models` what the user named.
+    repository. `format` is an adapter's, as `inspect` says; `base_models` what the user named;
+    `progress` is told the bytes that are hashed, and all of them.
     Raises NotFoundError, and UsageError for `inside` and for an `include` that matches nothing.
     """
     root = Path(path)
@@ -136,6 +151,8 @@ def artefact(
         for name, source in sorted(sources.items())
         if name != README
     ]
+    if not any(p.severity == "error" for p in problems):
+        _hashed(files, progress)
     if receipt is not None:
         files = _with_receipt(files, receipt, inside, problems, notes)
     readme = None if alone else _readme(found, problems)
@@ -185,16 +202,27 @@ def _content(found: Chosen) -> list[Problem]:
         if source is None:
             continue  # a link or no file, as another problem says
         try:
-            what = contents.pickled(source)
+            what = pickles.pickled(source)
             if what:
                 message = f"{shown(name)} is {what}; loading it can run any code"
                 problems.append(Problem("pickled", message, target=name))
                 continue
-            for secret in contents.secrets(source, own):
-                problems.append(Problem("secret", f"{shown(name)}, {secret}", target=name))
+            secrets = told(name, contents.secrets(source, own))
+            if not secrets and contents.keeps_secrets(PurePosixPath(name).name):
+                message = f"{shown(name)} is a file that keeps passwords, by its name"
+                secrets = [Problem("secret", message, target=name)]
+            problems += secrets
         except LoratoolsError as cause:
             problems.append(Problem(cause.code, cause.message, target=name))
     return problems
+
+
+def told(name: str, secrets: Sequence[contents.Secret]) -> list[Problem]:
+    """The first secrets of a file as problems, and how many more lines have one."""
+    words = [f"{shown(name)}, {secret}" for secret in secrets[:SECRETS]]
+    if len(secrets) > SECRETS:
+        words.append(f"{shown(name)}, {len(secrets) - SECRETS} more lines")
+    return [Problem("secret", each, target=name) for each in words]
 
 
 def _scrubbed(found: Chosen, base: str | None) -> tuple[dict[str, bytes], list[str]]:
@@ -203,6 +231,8 @@ def _scrubbed(found: Chosen, base: str | None) -> tuple[dict[str, bytes], list[s
     notes: list[str] = []
     for name in found.taken:
         source = found.sources.get(name)
+        if source is not None and name.endswith(".safetensors"):
+            notes += _paths_within(name, source)
         is_config = contents.CONFIGS.fullmatch(PurePosixPath(name).name) is not None
         if source is None or not is_config or source.size > CONFIG_LIMIT:
             continue
@@ -215,6 +245,18 @@ def _scrubbed(found: Chosen, base: str | None) -> tuple[dict[str, bytes], list[s
                 "the file here stays as it is"
             )
     return sent, notes
+
+
+def _paths_within(name: str, source: LocalFile) -> list[str]:
+    """Paths of this machine in the metadata of weights, whose bytes are sent as they are."""
+    try:
+        metadata = safetensors.read_header(source).metadata
+    except LoratoolsError:
+        return []  # it is among the problems
+    keys = [shown(k) for k, v in metadata.items() if contents.is_home_path(v)]
+    few = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    said = f"{shown(name)}: its metadata name paths of this machine ({few}), and go with it"
+    return [said] if keys else []
 
 
 def _readme(found: Chosen, problems: list[Problem]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from loratools.containers.local import LocalFile
 from loratools.errors import LoratoolsError, Problem, shown
 from loratools.hub import contents, loading
-from loratools.hub.artefact import README_LIMIT, Artefact, hub_id
+from loratools.hub.artefact import README_LIMIT, Artefact, hub_id, told
 from loratools.hub.body import body, tags_of
 from loratools.hub.choosing import README
 from loratools.hub.facts import Facts, parents_of
@@ -108,10 +108,7 @@ def _bases_of(said: Mapping[str, Any]) -> list[str]:
 
 
 def _leaks(text: str) -> list[Problem]:
-    own = contents.own_tokens()
-    return [
-        Problem("secret", f"{README}, {s}", target=README) for s in contents.secrets_in(text, own)
-    ]
+    return told(README, contents.secrets_in(text, contents.own_tokens()))
 
 
 # ------------------------------------------------------------------------------- bases

@@ -16,7 +16,8 @@ from loratools.containers.local import LocalFile
 from loratools.containers.looks import what_weights
 from loratools.containers.strict_json import loads
 from loratools.errors import LoratoolsError, Problem, error, shown
-from loratools.hub import contents
+from loratools.hub import pickles
+from loratools.hub.paths import clash, is_portable
 from loratools.hub.wholeness import listed, unpublishable
 
 Kind = Literal["adapter", "model", "pipeline", "onnx"]
@@ -48,7 +49,6 @@ WHOLE_WEIGHTS = re.compile(
 PICKLED = "a pickle, which can run any code where it is loaded"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 _CHECKPOINT = re.compile(r"\d{7}_adapters\.safetensors")  # of mlx-lm
-_RESERVED = re.compile(r"(?i)(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def _why_not(
 
 def _is_pickled(path: Path) -> bool:
     try:
-        return contents.pickled(LocalFile(path)) is not None
+        return pickles.pickled(LocalFile(path)) is not None
     except LoratoolsError:
         return False
 
@@ -348,15 +348,12 @@ def _mixed(
 
 def _odd_names(taken: Sequence[str]) -> Iterator[Problem]:
     """Names that the Hub refuses, or that no other system can hold."""
-    folded: dict[str, str] = {}
     for name in taken:
         if not name.isprintable() or "\\" in name:
             yield unpublishable(f"{shown(name)}: the Hub takes no such name", name)
-        elif any(c in name for c in ':*?"<>|') or any(
-            _RESERVED.fullmatch(p) or p.endswith((".", " ")) for p in name.split("/")
-        ):
+        elif not is_portable(name):
             yield unpublishable(f"{shown(name)}: Windows has no such name", name, "warning")
-        other = folded.setdefault(name.lower(), name)
-        if other != name:
-            message = f"{shown(other)} and {shown(name)} are one name where case does not count"
-            yield unpublishable(message, name)
+    if found := clash(taken):
+        one, other = found
+        message = f"{shown(one)} and {shown(other)} are one name where case does not count"
+        yield unpublishable(message, other)

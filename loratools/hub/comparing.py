@@ -6,10 +6,11 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-from loratools.errors import Problem, shown
+from loratools.errors import Problem, error, shown
 from loratools.hub.patience import patiently
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _SHARD = re.compile(
     r"(?P<stem>.+?)(-\d{5,6}-of-\d{5,6})?(?P<end>\.safetensors|\.gguf)(\.index\.json)?"
 )
 _PIECE = 1 << 22
+MOST = 200_000  # files and folders of a repository
 FILES = 250  # of one commit
 REGULAR = 100_000_000  # bytes of files that go into the commit itself
 LARGE = 10_000_000  # bytes from which a file belongs into the large file storage
@@ -119,7 +121,11 @@ def listed(api: HfApi, repo: str, commit: str) -> dict[str, There]:
     """All files of a commit."""
     from huggingface_hub.hf_api import RepoFile
 
-    entries = patiently(lambda: list(api.list_repo_tree(repo, revision=commit, recursive=True)))
+    entries = patiently(
+        lambda: list(islice(api.list_repo_tree(repo, revision=commit, recursive=True), MOST + 1))
+    )
+    if len(entries) > MOST:
+        raise error("hostile", f"{shown(repo)} lists more than {MOST:,} files and folders")
     return {
         one.path: There(one.size, one.blob_id, one.lfs.sha256 if one.lfs else None)
         for one in entries

@@ -1,138 +1,19 @@
-"""What must not be published, told from a file's content: pickles, secrets, and local paths."""
+"""What must not be published, told from a file's content: secrets, and local paths."""
 
 from __future__ import annotations
 
-import bz2
-import io
 import json
-import lzma
 import os
-import pickletools
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loratools.adapter import Source
-from loratools.containers import safetensors, tar
-from loratools.containers.zip_directory import members
+from loratools.containers import safetensors
 from loratools.errors import LoratoolsError
-
-HEAD = 1 << 20  # bytes in which a pickle shows itself, packed or not
-MEMBERS = 10_000  # of an archive that are looked at
-
-# ------------------------------------------------------------------------------- pickles
-
-
-def pickled(source: Source) -> str | None:
-    """What makes a file one that runs code where it is loaded, in words; None for all others.
-
-    By content and never by name: pickles of every protocol, bare, as joblib writes them, inside
-    zip archives (torch, npz), tar archives (NeMo, old torch) and compressed files, and arrays of
-    objects. Nothing is unpickled.
-    """
-    head = source.read(0, min(source.size, HEAD))
-    if head.startswith(b"PK"):
-        return _in_zip(source)
-    if tar.is_tar(source):
-        return _in_tar(source)
-    return _bare(_unpacked(head))
-
-
-def _bare(head: bytes, depth: int = 0) -> str | None:
-    if head.startswith(b"\x93NUMPY"):
-        objects = re.search(rb"'descr': *'[|<>=]?O'|\('[^']{0,99}', *'[|<>=]?O'", head[:10_000])
-        return "an array of Python objects, which is a pickle inside" if objects else None
-    if len(head) > 1 and head[0] == 0x80 and head[1] <= 9:
-        return "a pickle"
-    return "a pickle" if _calls(head) else None
-
-
-def _calls(head: bytes) -> bool:
-    """Whether bytes without a magic number are a pickle (protocols 0 and 1) that names code.
-
-    Plain text is no pickle: an operation that names something must name it as Python does.
-    """
-    named = called = False
-    steps = 0
-    try:
-        for operation, argument, _ in pickletools.genops(io.BytesIO(head)):
-            steps += 1
-            if operation.name in ("GLOBAL", "INST"):
-                if not all(_NAME.fullmatch(part) for part in str(argument).split(" ")):
-                    return False
-                named = True
-            called |= operation.name in ("INST", "REDUCE", "OBJ", "BUILD", "NEWOBJ", "NEWOBJ_EX")
-            if (named and called) or steps > 100_000:
-                break
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError):
-        return named and called
-    return named and called
-
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,200}")
-
-
-def _in_zip(source: Source) -> str | None:
-    try:
-        found = list(members(source).items())[:MEMBERS]
-    except LoratoolsError:
-        return "a zip archive whose members cannot be told for sure"
-    for name, member in found:
-        if name.endswith((".pkl", ".pickle")):
-            return "a zip archive with a pickle inside (torch writes such)"
-        packed = source.read(member.start, min(member.size, HEAD))
-        said = _bare(_inflated(packed) if member.method == 8 else _unpacked(packed))
-        if said:
-            return f"a zip archive with {said} inside"
-    return None
-
-
-def _in_tar(source: Source) -> str | None:
-    try:
-        for count, (_, inside) in enumerate(tar.walk(source)):
-            head = inside.read(0, min(inside.size, HEAD))
-            said = "a torch file" if head.startswith(b"PK") else _bare(_unpacked(head))
-            if said:
-                return f"a tar archive with {said} inside"
-            if count == MEMBERS:
-                return "a tar archive of too many members"
-    except LoratoolsError:
-        return "a tar archive whose members cannot be told for sure"
-    return None
-
-
-def _unpacked(head: bytes) -> bytes:
-    """The beginning of what a compressed file holds; bytes that are not compressed as they are."""
-    for magic, unpack in _PACKED:
-        if head.startswith(magic):
-            try:
-                return unpack(head)
-            except (zlib.error, OSError, EOFError, lzma.LZMAError, ValueError):
-                return head
-    return head
-
-
-def _inflated(packed: bytes) -> bytes:
-    try:
-        return zlib.decompressobj(-15).decompress(packed, HEAD)
-    except zlib.error:
-        return b""
-
-
-_PACKED: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
-    (b"\x1f\x8b", lambda head: zlib.decompressobj(31).decompress(head, HEAD)),
-    (b"x\x01", lambda head: zlib.decompressobj().decompress(head, HEAD)),
-    (b"x^", lambda head: zlib.decompressobj().decompress(head, HEAD)),
-    (b"x\x9c", lambda head: zlib.decompressobj().decompress(head, HEAD)),
-    (b"x\xda", lambda head: zlib.decompressobj().decompress(head, HEAD)),
-    (b"BZh", lambda head: bz2.BZ2Decompressor().decompress(head, HEAD)),
-    (b"\xfd7zXZ", lambda head: lzma.LZMADecompressor().decompress(head, HEAD)),
-    (b"]\0\0", lambda head: lzma.LZMADecompressor().decompress(head, HEAD)),
-)
+from loratools.hub import access
 
 # ------------------------------------------------------------------------------- secrets
 
@@ -257,11 +138,22 @@ def _in_text(pieces: Iterator[tuple[bytes, bytes]], own: frozenset[bytes]) -> li
             for token in sorted(own)
             for hit in re.finditer(re.escape(token), text)
         ]
+        lines = _lines(text, {place for place, _ in at})
         for place, what in at:  # the most telling first, and one is enough for a line
-            number = first + text.count(b"\n", 0, place)
+            number = first + lines[place]
             found.setdefault(number, Secret(number, what))
         line += piece.count(b"\n")
     return [found[number] for number in sorted(found)]
+
+
+def _lines(text: bytes, places: set[int]) -> dict[int, int]:
+    """How many lines end before each place."""
+    found: dict[int, int] = {}
+    count = before = 0
+    for place in sorted(places):
+        count += text.count(b"\n", before, place)
+        found[place], before = count, place
+    return found
 
 
 def _hits(
@@ -286,25 +178,34 @@ def _looks_drawn(secret: bytes) -> bool:
     drawn = re.split(rb"[ \t:=\"']", secret)[-1]
     if re.search(rb"(?i)your|example|xxxx|placeholder|insert|redacted|dummy", drawn):
         return False
-    return len(set(drawn)) > 8 and re.search(rb"\d", drawn) is not None
+    if len(set(drawn)) <= 8:
+        return False
+    # Tokens of the Hub are letters alone, and a key of AWS may be; words are of one case.
+    mixed = drawn.upper() != drawn != drawn.lower()
+    letters = drawn.startswith(b"AKIA") or (mixed and drawn.startswith((b"hf_", b"api_org_")))
+    return letters or re.search(rb"\d", drawn) is not None
 
 
 _SHOWN_AS = (b"pass", b"password", b"passwd", b"secret", b"token", b"pw", b"pwd")
 
 
-def own_tokens(environment: Mapping[str, str] | None = None) -> frozenset[bytes]:
-    """The user's own tokens, from the environment and from the library's file; never the network.
+def own_tokens() -> frozenset[bytes]:
+    """The user's own tokens, which no file may hold; nothing is asked of the network."""
+    held = [*access.tokens(), os.environ.get("WANDB_API_KEY", "").strip()]
+    return frozenset(token.encode() for token in held if len(token) >= _OWN)
 
-    huggingface_hub's get_token may exchange and refresh tokens, which an offline plan must not.
-    """
-    from huggingface_hub import constants
 
-    env = os.environ if environment is None else environment
-    texts = [env.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
-    texts.append(env.get("WANDB_API_KEY", ""))
-    with suppress(OSError, UnicodeDecodeError):  # nobody is logged in
-        texts.append(Path(constants.HF_TOKEN_PATH).read_text()[:LONGEST])
-    return frozenset(t.strip().encode() for t in texts if len(t.strip()) >= _OWN)
+# Files that exist to keep passwords: their content may be as short as "hunter2".
+_KEEPERS = re.compile(
+    r"(?i)(?:\.env(?:\.(?!example|sample|template).*)?|[._]netrc|\.npmrc|\.pypirc|\.pgpass|"
+    r"\.git-credentials|\.htpasswd|id_(?:rsa|dsa|ecdsa|ed25519)|credentials(?:\.json)?|token|"
+    r"stored_tokens|.*\.(?:p12|pfx|kdbx|keystore|jks))"
+)
+
+
+def keeps_secrets(name: str) -> bool:
+    """Whether a file, by its name, is one that keeps passwords or private keys."""
+    return _KEEPERS.fullmatch(name) is not None
 
 
 # ------------------------------------------------------------------------------- local paths
@@ -330,6 +231,11 @@ def is_local_path(value: object) -> bool:
     if not isinstance(value, str):
         return False
     return any(form.fullmatch(value.strip()) for form in (_ABSOLUTE, _RELATIVE))
+
+
+def is_home_path(value: str) -> bool:
+    """Whether a text is an absolute path where people and clusters keep their own files."""
+    return is_local_path(value) and _HOMES.match(value.strip()) is not None
 
 
 def last_part(path: str) -> str:

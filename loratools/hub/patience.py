@@ -41,10 +41,12 @@ def patiently(call: Callable[[], T], *, twice: bool = True) -> T:
 def pause(cause: Exception, tried: int, *, twice: bool = True) -> float | None:
     """The seconds to wait before the next try, and says so; None where there is to be none."""
     import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, RevisionResolutionError
 
     if tried >= TRIES:
         return None
+    if isinstance(cause, RevisionResolutionError) and isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__  # why the Hub did not say it
     wait = float(2**tried)
     if isinstance(cause, HfHubHTTPError):
         if cause.response.status_code not in (BUSY if twice else REFUSED):

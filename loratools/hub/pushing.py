@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from loratools.hub.comparing import (
     wrong,
 )
 from loratools.hub.comparing import difference as difference
+from loratools.hub.messages import in_our_words
 from loratools.hub.patience import patiently, pause
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class Pushed:
         """The page that shows what was pushed."""
         place = f"{access.endpoint()}/{self.repo}"
         number = self.pull
-        if number is None and self.revision.startswith("refs/pr/"):
-            number = int(self.revision.rpartition("/")[2])
+        if number is None and (found := re.fullmatch(r"refs/pr/(\d{1,9})", self.revision)):
+            number = int(found[1])
         if number is not None:
             return f"{place}/discussions/{number}"
         return place if self.revision == "main" else f"{place}/tree/{self.revision}"
@@ -86,11 +87,12 @@ def require_who() -> None:
     from huggingface_hub import get_token
 
     if access.offline():
-        name = next(
-            (n for n in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(n)), ""
-        )
-        raise error("offline", f"{name or 'offline mode'} is set, and push needs the network")
-    if get_token() is None:
+        words = f"{access.offline_words()}, and push needs the network"
+        remedy = "unset it; --dry-run shows the plan without a network"
+        raise error("offline", words, [Problem("offline", words, remedy=remedy)])
+    with access.translated("who am I"):  # a token of CI is exchanged for one of the Hub
+        token = get_token()
+    if token is None:
         raise error("not_logged_in", "nobody is logged in to the Hub: run `hf auth login`")
 
 
@@ -237,6 +239,7 @@ def _commit(
         except LoratoolsError:
             raise
         except Exception as cause:
+            _require_unchanged(files)  # else it is no fault of the Hub's
             moved = _is_stale(cause)
             wait = None if moved else pause(cause, tried)
             if wait is None and not moved:
@@ -260,6 +263,7 @@ def _sent(
     operations = [_operation(one) for one in files]  # anew each time: one commit uses them up
     api.preupload_lfs_files(remote.repo, additions=operations, revision=remote.revision)
     _require_storage(operations, files)
+    _require_unchanged(files)
     made = api.create_commit(
         remote.repo,
         operations,
@@ -274,7 +278,17 @@ def _sent(
 def _operation(one: Compared) -> CommitOperationAdd:
     from huggingface_hub import CommitOperationAdd
 
-    return CommitOperationAdd(path_in_repo=one.name, path_or_fileobj=_content(one))
+    made = CommitOperationAdd(path_in_repo=one.name, path_or_fileobj=_content(one))
+    made.upload_info.sha256 = bytes.fromhex(one.sha256)  # else the library hashes it once more
+    return made
+
+
+def _require_unchanged(files: Sequence[Compared]) -> None:
+    """Raise where a file is no longer the one that was looked through and compared."""
+    for one in files:
+        if one.file.sha256() != one.sha256:  # known already, unless somebody wrote to it
+            words = f"{shown(one.name)} was written to while it was published; nothing is committed"
+            raise error("input_changed", words)
 
 
 def _text(one: Compared) -> str:
@@ -338,18 +352,17 @@ def _verify(api: HfApi, files: Sequence[Compared], state: Pushed) -> None:
 
 @contextmanager
 def quiet(*, bars: bool) -> Iterator[None]:
-    """The library's own bars, or none; of its messages only errors, as ours say the same."""
+    """The library's own bars, or none; what it says is said in our words."""
     from huggingface_hub import utils
 
     library: Any = utils  # which says neither types nor what it exports
-    level, off = library.logging.get_verbosity(), library.are_progress_bars_disabled()
-    library.logging.set_verbosity_error()
+    off = library.are_progress_bars_disabled()
     if not bars and not off:
         library.disable_progress_bars()
     try:
-        yield
+        with in_our_words():
+            yield
     finally:
-        library.logging.set_verbosity(level)
         if not bars and not off:
             library.enable_progress_bars()
 

@@ -7,10 +7,11 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from loratools._version import VERSION
-from loratools.errors import error, shown
+from loratools.errors import NetworkError, error, shown
 from loratools.hub import access
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ LARGE = 4 << 20  # bytes of one read beyond which nothing is kept
 SKIPPED = 1 << 20  # bytes that are read for nothing where a server gives no ranges
 ATTEMPTS = 4  # where a connection ends early; the library repeats what never began
 TIMEOUT = 30.0  # seconds without a byte
+# Seconds after a failure, which came after many tries, in which no other is made: several readers
+# ask for the same header, each to see whether the file is one of theirs.
+RESPITE = 60.0
 
 
 @dataclass(eq=False, slots=True)
@@ -36,6 +40,7 @@ class RemoteFile:
     path: str
     size: int
     sha256: str | None = None
+    _failed: tuple[float, NetworkError] | None = field(default=None, repr=False)
     _blocks: dict[int, bytes] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -53,6 +58,15 @@ class RemoteFile:
             )
         if not length:
             return b""
+        if self._failed is not None and monotonic() < self._failed[0] + RESPITE:
+            raise self._failed[1]
+        try:
+            return self._read(offset, length)
+        except NetworkError as cause:
+            self._failed = monotonic(), cause
+            raise
+
+    def _read(self, offset: int, length: int) -> bytes:
         if length > LARGE:
             return self._range(offset, offset + length)
         first, last = offset // BLOCK, (offset + length - 1) // BLOCK

@@ -18,12 +18,15 @@ from loratools.containers.strict_json import loads
 from loratools.errors import LoratoolsError, NetworkError, error, shown
 from loratools.hub import access
 from loratools.hub.address import Address
+from loratools.hub.paths import clash, is_portable
+from loratools.hub.patience import patiently
 from loratools.hub.ranges import RemoteFile
 from loratools.weights.disk import free_bytes
 
 LISTING = 100_000_000  # bytes of a list of files
 MOST = 100_000  # files of one repository; a list of more is no repository of a model
 LONGEST = 4096  # characters of a path
+DEEPEST = 50  # folders in one another
 CHECKED = 1_000_000_000  # bytes of a fetched file up to which its sha256 is computed
 BYTES = "huggingface_hub.snapshot_download"  # the library's bar of bytes that lie on the disk
 SPARE = 50_000_000  # bytes that stay free on the cache's disk
@@ -65,6 +68,8 @@ class Tree:
                 parent, _, last = each.rpartition("/")
                 inner[parent][1].add(last)
             inner[folder][0].append(name)
+        if len(inner) > MOST:
+            raise error("hostile", f"{shown(self.repo)} lists more than {MOST:,} folders")
         object.__setattr__(self, "inner", inner)
 
     def cached(self, path: str) -> Path | None:
@@ -109,6 +114,7 @@ class Tree:
             tuple(sorted(n for n in inner if n[:1] != ".")),
             origin=origin,
             addressed=True,
+            outer=(lambda: self.bundle(name, folder.rpartition("/")[0])) if folder else None,
         )
         return replace(
             bundle,
@@ -155,6 +161,7 @@ def fetched(
     ]
     missing = [path for path in wanted if tree.cached(path) is None]
     if missing:
+        _require_portable(tree.repo, wanted)
         _fetch(tree, missing, progress)
     return found
 
@@ -177,7 +184,10 @@ def _tree(address: Address) -> Tree:
     api = access.api()
     revision = address.revision or ""
     with access.translated(f"reading {shown(address)}", repo=address.repo, revision=revision):
-        commit = api.resolve_revision(address.repo, revision=address.revision or None).resolved
+        found = patiently(
+            lambda: api.resolve_revision(address.repo, revision=address.revision or None)
+        )
+        commit = found.resolved
     kept = _kept_listing(address.repo, commit)
     if kept is not None:
         return kept
@@ -217,8 +227,19 @@ def _require_plain(repo: str, path: str) -> None:
     """MalformedError `hostile` for a name that is no path within a folder."""
     parts = PurePosixPath(path).parts
     plain = 0 < len(path) <= LONGEST and "/".join(parts) == path and not path.startswith("/")
-    if not plain or ".." in parts or any(c in path for c in "\\\0"):
+    if not plain or ".." in parts or any(c in path for c in "\\\0") or len(parts) > DEEPEST:
         raise error("hostile", f"{shown(repo)} lists a file {shown(path)}")
+
+
+def _require_portable(repo: str, paths: Sequence[str]) -> None:
+    """MalformedError `hostile` for names among those to be written that some system cannot hold."""
+    for path in paths:
+        if not is_portable(path):
+            words = f"{shown(repo)} lists a file {shown(path)}, which Windows cannot hold"
+            raise error("hostile", words)
+    if found := clash(paths):
+        words = f"{shown(repo)} lists {shown(found[0])} and {shown(found[1])}"
+        raise error("hostile", f"{words}, which are one file where case does not count")
 
 
 def _snapshot(repo: str, commit: str) -> Path:

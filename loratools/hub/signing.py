@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loratools.containers.local import LocalFile
 from loratools.containers.strict_json import loads
-from loratools.errors import LoratoolsError, error, shown
+from loratools.errors import LoratoolsError, Problem, error, shown
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
@@ -113,8 +113,12 @@ def is_ours(signature: bytes, hashes: Mapping[str, str], key: str | Path) -> boo
             return False
 
 
-def check(folder: str | Path, key: str | Path, *, signature: Path | None = None) -> Checked:
+def check(
+    folder: str | Path, key: str | Path, *, signature: Path | None = None, name: str = ""
+) -> Checked:
     """Check a folder's `model.sig` with a public key, and every file of the folder against it.
+
+    `name` is what messages call the folder: its address, where it was pulled from the Hub.
 
     Links are followed: a snapshot in the Hub's cache consists of them. A file that differs is no
     exception (see `Checked`). Raises not_found without a signature, malformed for one that cannot
@@ -124,8 +128,11 @@ def check(folder: str | Path, key: str | Path, *, signature: Path | None = None)
     require_installed()
     file = signature or Path(folder) / NAME
     if not file.is_file():
-        raise error("not_found", f"{shown(folder)} has no {NAME}: nobody signed it")
-    return _checked(file, Path(key), _hashing, Path(folder))
+        words = f"{shown(name or folder)} has no {NAME}: nobody signed it"
+        remedy = "leave --key out to check its receipt; `loratools push --sign-key` signs"
+        raise error("not_found", words, [Problem("not_found", words, remedy=remedy)])
+    called = f"{NAME} of {shown(name)}" if name and signature is None else shown(file)
+    return _checked(file, Path(key), _hashing, Path(folder), called)
 
 
 # ------------------------------------------------------------------------------- the library
@@ -180,6 +187,7 @@ def _checked(
     key: Path,
     hashing: Callable[[Mapping[str, Any]], Config],
     folder: Path = pathlib.Path(),
+    called: str = NAME,
 ) -> Checked:
     """The library's verdict, in our words."""
     _public(key)
@@ -188,30 +196,30 @@ def _checked(
 
     source = LocalFile(file)
     if source.size > LIMIT:
-        raise error("malformed", f"{shown(file)}: {source.size} bytes, a signature has fewer")
-    statement = _statement(source.read(0, source.size), str(file))
+        raise error("malformed", f"{called}: {source.size} bytes, a signature has fewer")
+    statement = _statement(source.read(0, source.size), called)
     signed = _named(statement)
     made: Any = verifying.Config
     config = made().use_elliptic_key_verifier(public_key=key)
     try:
         seen = _Seen(hashing(statement))
     except (ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise error("malformed", f"{shown(file)} says no way to hash that is known") from cause
+        raise error("malformed", f"{called} says no way to hash that is known") from cause
     config.set_hashing_config(seen.config)
     try:
         with redirect_stdout(io.StringIO()):  # the library prints what it thinks of old signatures
             config.verify(folder, file)
     except InvalidSignature:
-        raise error("signature", f"{shown(file)}: what it says was changed after signing") from None
+        raise error("signature", f"{called}: what it says was changed after signing") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as cause:
         if str(cause).startswith("Key mismatch"):
             raise error(
-                "signature", f"{shown(file)} was made with another key than {shown(key)}'s"
+                "signature", f"{called} was made with another key than {shown(key)}'s"
             ) from None
         if seen.found is None and seen.began:
             raise error("storage", f"{shown(folder)}: {shown(cause)}") from cause
         if seen.found is None:
-            raise error("malformed", f"{shown(file)} is no signature: {shown(cause)}") from cause
+            raise error("malformed", f"{called} is no signature: {shown(cause)}") from cause
         found = seen.found
         return Checked(
             tuple(signed),

@@ -29,13 +29,11 @@ def faults(files: Files) -> Iterator[Problem]:
     """All that is missing from, or wrong with, files of weights by their paths in one folder."""
     for name, source in files.items():
         yield from _file(name, source, files)
-    folders = sorted({PurePosixPath(n).parent.as_posix() for n in files})
-    for folder in folders:
-        here = {
-            PurePosixPath(n).name: s
-            for n, s in files.items()
-            if PurePosixPath(n).parent.as_posix() == folder
-        }
+    folders: dict[str, dict[str, Source]] = {}
+    for name, source in files.items():
+        path = PurePosixPath(name)
+        folders.setdefault(path.parent.as_posix(), {})[path.name] = source
+    for folder, here in sorted(folders.items()):
         yield from _shards(here, "" if folder == "." else f"{folder}/")
 
 
@@ -139,6 +137,9 @@ def _against(
 ) -> Iterator[Problem]:
     """An index against the shards that it names."""
     holds: dict[str, str] = {}
+    due: dict[str, list[str]] = {}  # shard → its tensors
+    for tensor, shard in mapping.items():
+        due.setdefault(shard, []).append(tensor)
     for shard in shards:
         if "/" in shard or "\\" in shard or shard in ("", ".", "..") or "\0" in shard:
             message = f"{front}{shown(index)} names a shard outside the folder: {shown(shard)}"
@@ -152,7 +153,7 @@ def _against(
             except LoratoolsError:
                 continue  # told of the file itself
             holds.update(dict.fromkeys(header.leaves, shard))
-            lost = [t for t, s in mapping.items() if s == shard and t not in header.leaves]
+            lost = [t for t in due[shard] if t not in header.leaves]
             if lost:
                 message = f"{front}{shown(shard)} lacks {listed(lost)}, which {index} puts there"
                 yield unpublishable(message, front + shard)

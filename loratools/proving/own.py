@@ -28,6 +28,7 @@ from loratools.adapter import (
     leaves,
 )  # fmt: skip
 from loratools.algebra import factors
+from loratools.exporting.requantised import compare_codes, fold_codes, source_of
 from loratools.folding import Cut, Desk, fold_target, leaf_rows, torch_dtype
 from loratools.plan import Plan, Target
 from loratools.proving.differences import (
@@ -93,6 +94,11 @@ def replay_fold(
             assert piece.base is not None
             difference, near = compare_leaves(piece.base, leaf), 0
             what = CHANGED
+        elif (codes := source_of(target)) is not None:
+            rows = Rows(leaf, tolerance)
+            weight, _ = fold_codes(target, desk=Desk(desk_at), cut=cut)
+            compare_codes(codes, weight, rows.compare)
+            difference, near, what = rows.found, rows.near, "folded again it differs"
         else:
             dtype = torch_dtype(leaf.dtype)
             rows = Rows(leaf, tolerance if dtype.is_floating_point else 0)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loratools.adapter import FLOATS
 from loratools.containers.onnx_graph import Graph, Node
 from loratools.containers.onnx_tensors import Tensor
 from loratools.containers.strict_json import loads
 from loratools.errors import error, shown
+from loratools.weights.quantised import HOLDERS, Quantised, at_run_time, plain_name, quantised
 
 SIDECAR = "loratools.weights"  # of the model's own texts: initialiser → [parameter, turned]
 LIMIT = 1 << 26
@@ -27,6 +28,7 @@ HOW = ("our list", "its name", "its node's module", "the bias behind it")
 _ROLES: dict[str, dict[int, str]] = {
     "MatMul": {1: "weight"},
     "FusedMatMul": {1: "weight"},
+    "MatMulNBits": {1: "weight", 5: "bias"},
     "Gemm": {1: "weight", 2: "bias"},
     "FusedGemm": {1: "weight", 2: "bias"},
     "Conv": {1: "weight", 2: "bias"},
@@ -45,10 +47,11 @@ _ROLES: dict[str, dict[int, str]] = {
     "Mul": {0: "weight", 1: "weight"},
     "PRelu": {1: "weight"},
 }  # fmt: skip
-_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm")
+_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits")
 _VECTORS = ("Add", "Mul")
-_QUANTISED = ("DequantizeLinear", "QuantizeLinear", "MatMulInteger", "DynamicQuantizeLinear")
-_THROUGH = ("Identity", "Transpose", "Cast")
+_QUANTISED = ("DequantizeLinear", "QuantizeLinear")
+_THROUGH = ("Identity", "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear")
+_ROUNDED = ""  # stands among the aliases of what a QuantizeLinear rounds
 
 _PARAMETER = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*\.[A-Za-z_]\w*", re.ASCII)
 _QUOTED = re.compile(r"'([^']{0,1000})'")
@@ -98,6 +101,8 @@ class Found:
     uses: Mapping[str, int] = field(default_factory=dict)  # how many each tensor has
     fused: bool = False  # operators of onnxruntime's own, or quantised ones
     gone: tuple[str, ...] = ()  # tensors of our list that are no longer there
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)  # by the tensor of codes
+    running: str | None = None  # an operator that takes codes as they are
 
 
 def parameters(graph: Graph, *, conv1d: frozenset[str]) -> Found:
@@ -105,49 +110,79 @@ def parameters(graph: Graph, *, conv1d: frozenset[str]) -> Found:
 
     Raises malformed for a list of ours that does not fit the graph.
     """
-    uses = list(_uses(graph))
+    codes, odd = quantised(graph)
+    tensors, aside = _as_weights(graph, codes, odd)
+    uses = list(_uses(graph, tensors))
     by_tensor: dict[str, list[Use]] = defaultdict(list)
     for use in uses:
         by_tensor[use.tensor].append(use)
     listed = _listed(graph)
     biases = _behind(graph, by_tensor)
     claims: dict[str, list[tuple[int, str, tuple[Use, ...]]]] = defaultdict(list)
-    for name in graph.tensors:
-        for rank, parameter, group in _named(name, by_tensor[name], listed, biases):
+    for name in (n for n in tensors if n not in aside):
+        plain = plain_name(name) if name in codes or name in odd else name
+        for rank, parameter, group in _named(name, plain, by_tensor[name], listed, biases):
             claims[parameter].append((rank, name, group))
     front = _wrapper([p for p, c in claims.items() if c[0][0]], _paths(graph))
     found = Found(
         paths=frozenset(_bare(p, front) for p in _paths(graph)),
         listed=bool(listed),
         uses={name: len(some) for name, some in by_tensor.items()},
-        fused=any(n.domain not in ("", "ai.onnx") or n.op_type in _QUANTISED for n in graph.nodes),
+        fused=any(_is_fused(n, codes) for n in graph.nodes),
         gone=tuple(name for name in listed if name not in graph.tensors),
+        quantised=codes,
+        running=at_run_time(n.op_type for n in graph.nodes),
     )
     for claimed, each in claims.items():
         best = min(rank for rank, _, _ in each)
         chosen = [c for c in each if c[0] == best]
         parameter = claimed if best == 0 else _bare(claimed, front)
-        tensors = {name for _, name, _ in chosen}
-        if len(tensors) > 1:
-            listing = " and ".join(shown(n) for n in sorted(tensors)[:3])
+        holding = {name for _, name, _ in chosen}
+        if len(holding) > 1:
+            listing = " and ".join(shown(n) for n in sorted(holding)[:3])
             found.ambiguous[parameter] = f"{listing} could each be it"
             continue
         rank, name, _ = chosen[0]
         group = tuple(use for _, _, some in chosen for use in some)
-        tensor = graph.tensors[name]
         turned = listed[name][1] if rank == 0 else None
-        found.stored[parameter] = _stored(graph, tensor, parameter, group, turned, conv1d, rank)
+        said = _stored(graph, tensors[name], parameter, group, turned, conv1d, rank)
+        found.stored[parameter] = said
+        if name in odd:
+            found.ambiguous[parameter] = odd[name]
+        elif any(_ROUNDED in u.aliases for u in group):
+            found.ambiguous[parameter] = "a QuantizeLinear rounds it, whose scale is the old one's"
     _share(found, by_tensor)
     return found
+
+
+def _as_weights(
+    graph: Graph, codes: Mapping[str, Quantised], odd: Mapping[str, str]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The graph's tensors, those with codes as the weights that they are; and scales, set aside."""
+    tensors = dict(graph.tensors)
+    for name, one in codes.items():
+        leaf = one.leaf(name)
+        tensors[name] = replace(tensors[name], shape=leaf.shape, leaf=leaf, patchable=False)
+    for name in odd:
+        tensors[name] = replace(tensors[name], leaf=None)
+    aside = {name for one in codes.values() for name in one.form.parts} - codes.keys()
+    return tensors, aside
+
+
+def _is_fused(node: Node, codes: Mapping[str, Quantised]) -> bool:
+    slot = HOLDERS.get(node.op_type)
+    if slot is not None and len(node.inputs) > slot and node.inputs[slot] in codes:
+        return False
+    return node.domain not in ("", "ai.onnx") or node.op_type in _QUANTISED
 
 
 # ------------------------------------------------------------------------------- uses
 
 
-def _uses(graph: Graph) -> Iterator[Use]:
-    """Every use of a stored tensor, through nodes that only turn, copy or cast it."""
+def _uses(graph: Graph, tensors: Mapping[str, Tensor]) -> Iterator[Use]:
+    """Every use of a stored tensor, through nodes that only turn, copy, cast or dequantise it."""
     seen: dict[str, tuple[str, tuple[int, int] | None, bool, tuple[str, ...]]] = {
-        name: (name, None, False, ()) for name in graph.tensors
+        name: (name, None, False, ()) for name in tensors
     }
     for at, node in enumerate(graph.nodes):
         for slot, value in enumerate(node.inputs):
@@ -155,10 +190,12 @@ def _uses(graph: Graph) -> Iterator[Use]:
                 continue
             tensor, first, turned, aliases = seen[value]
             start = first or (at, slot)
-            shape = graph.tensors[tensor].shape
+            shape = tensors[tensor].shape
             if node.op_type in _THROUGH and slot == 0 and _follows(node, shape):
                 flips = turned != (node.op_type == "Transpose")
-                seen[node.outputs[0]] = (tensor, start, flips, (*aliases, node.outputs[0]))
+                named = (node.outputs[0],) if node.op_type not in _QUANTISED else ()
+                named = (_ROUNDED,) if node.op_type == "QuantizeLinear" else named
+                seen[node.outputs[0]] = (tensor, start, flips, (*aliases, *named))
                 continue
             role = _role(node, slot, shape)
             in_out = _in_out(node, slot, shape, turned) if role == "weight" else None
@@ -177,7 +214,8 @@ def _role(node: Node, slot: int, shape: Sequence[int]) -> str | None:
     role = _ROLES.get(node.op_type, {}).get(slot)
     if node.op_type in _VECTORS and (len(shape) != 1 or shape[0] < 2):
         return None
-    if node.op_type in (*_PRODUCTS, "Gather") and role == "weight" and len(shape) != 2:
+    whole = len(shape) == 2 or node.op_type == "MatMulNBits"
+    if node.op_type in (*_PRODUCTS, "Gather") and role == "weight" and not whole:
         return None
     return role
 
@@ -238,20 +276,24 @@ def _listed(graph: Graph) -> dict[str, tuple[str, bool]]:
 
 def _named(
     name: str,
+    plain: str,
     uses: Sequence[Use],
     listed: Mapping[str, tuple[str, bool]],
     biases: Mapping[int, str],
 ) -> Iterator[tuple[int, str, tuple[Use, ...]]]:
-    """The parameters that one tensor is: (how sure, name, the uses that are this parameter)."""
+    """The parameters that one tensor is: (how sure, name, the uses that are this parameter).
+
+    `plain` is its name without what a quantiser put behind it.
+    """
     if name in listed:
         parameter = listed[name][0]
         mine = tuple(u for u in uses if _agrees(parameter, u)) or tuple(uses)
         yield 0, parameter, mine
         rest = [u for u in uses if u not in mine]
-    elif _PARAMETER.fullmatch(name):
-        mine = tuple(u for u in uses if _agrees(name, u))
+    elif _PARAMETER.fullmatch(plain):
+        mine = tuple(u for u in uses if _agrees(plain, u))
         if mine or not uses:
-            yield 1, name, mine
+            yield 1, plain, mine
         rest = [u for u in uses if u not in mine]
     else:
         rest = list(uses)

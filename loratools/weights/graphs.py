@@ -16,8 +16,10 @@ from loratools.containers.strict_json import loads, require
 from loratools.errors import error, shown
 from loratools.weights.base import CONV1D_LAYERS, CONV1D_TYPES, FIELDS, Base, Shard
 from loratools.weights.graph_names import Found, Stored, parameters
+from loratools.weights.quantised import Quantised
 
-INNER = "onnx/model.onnx"  # where transformers.js and the Hub keep it
+FOLDER = "onnx"  # where transformers.js and the Hub keep graphs, beside whose folder config.json is
+INNER = f"{FOLDER}/model.onnx"
 HASHED = 1 << 26  # bytes of a graph whose whole hash is part of its fingerprint
 
 
@@ -110,20 +112,33 @@ def as_parameter(leaf: Leaf, turned: bool) -> Leaf:
     """A stored tensor seen as the parameter that it is; codes in blocks are left as they lie."""
     if not turned or len(leaf.shape) != 2:
         return leaf
+    if isinstance(leaf.source, Quantised):
+        return replace(leaf.source, turned=True).leaf(leaf.name)
     rows, columns = leaf.shape
     return replace(leaf, shape=(columns, rows), strides=(1, columns))
+
+
+def _folder(bundle: Bundle) -> str:
+    """The name of the folder that a bundle on the Hub has the files of."""
+    inside = bundle.origin.inside if bundle.origin is not None else ""
+    folder = inside.rpartition("/")[0] if bundle.chosen is not None else inside
+    return folder.rpartition("/")[2]
 
 
 def _config(bundle: Bundle) -> Mapping[str, Any]:
     """config.json beside the graph, or beside its folder."""
     if "config.json" in bundle:
         raw, what = bundle.read("config.json", 1_000_000), f"{bundle.name}/config.json"
-    elif bundle.path is not None and bundle.path.name == "onnx":
-        path = bundle.path.parent / "config.json"
-        if not path.is_file():
+    elif bundle.path is not None and (bundle.path.parent / "config.json").is_file():
+        if bundle.path.name != FOLDER:
             return {}
-        file = LocalFile(path)
-        raw, what = file.read(0, min(file.size, 1_000_001)), str(path)
+        file = LocalFile(bundle.path.parent / "config.json")
+        raw, what = file.read(0, min(file.size, 1_000_001)), file.name
+    elif bundle.outer is not None and _folder(bundle) == FOLDER:
+        outer = bundle.outer()
+        if "config.json" not in outer:
+            return {}
+        raw, what = outer.read("config.json", 1_000_000), f"{outer.name}/config.json"
     else:
         return {}
     return require(loads(raw, what), FIELDS, what)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -52,6 +52,7 @@ class Scheme:
     lowest: int  # the smallest code: 0, or -2^(bits-1)
     symmetric: bool
     signed_scale: bool  # scale = (the number farthest from 0) / -2^(bits-1)
+    halves_up: bool  # C's roundf, as the kernel for MatMulNBits has it; else to the even code
 
     @property
     def middle(self) -> int:
@@ -131,11 +132,12 @@ class Weight:
             else:
                 packed = zeros.astype(KINDS[form.zero]).tobytes() if form.zero else b""
         else:
-            codes = _put_back(self.codes, form, form.columns)
-            scales, zeros = (
-                x if form.single else _put_back(x, form, form.blocks)
-                for x in (self.scales, self.zeros)
+            codes = np.ascontiguousarray(
+                self.codes.reshape([form.shape[i] for i in form.axes]).transpose(
+                    np.argsort(form.axes)
+                )
             )
+            scales, zeros = (_put_back(x, form) for x in (self.scales, self.zeros))
             packed = _packed(zeros.astype(codes.dtype), form.bits)
         made = {
             form.names[0]: _packed(codes, form.bits),
@@ -144,9 +146,7 @@ class Weight:
         return made | ({form.names[2]: packed} if form.names[2] else {})
 
 
-def loaded(
-    form: Form, held: Mapping[str, Held], start: int = 0, stop: int | None = None
-) -> Weight:
+def loaded(form: Form, held: Mapping[str, Held], start: int = 0, stop: int | None = None) -> Weight:
     """The codes of a weight from its initialisers; of MatMulNBits also of some rows alone."""
     stop = form.rows if stop is None else stop
     blocks, signed = form.blocks, form.lowest < 0
@@ -168,7 +168,7 @@ def loaded(
     middle = form.lowest + (1 << (form.bits - 1))
     symmetric = bool((zeros == middle).all())
     signed_scale = symmetric and (form.padded or bool((scales < 0).any()))
-    scheme = Scheme(form.bits, form.lowest, symmetric, signed_scale)
+    scheme = Scheme(form.bits, form.lowest, symmetric, signed_scale, form.padded)
     if form.padded:
         width = blocks * form.block
         row = width * form.bits // 8
@@ -196,24 +196,19 @@ def _some(held: Held, start: int, stop: int) -> bytes:
 
 def _brought(flat: Floats, form: Form) -> Floats:
     """Scales of DequantizeLinear, for each row its own."""
-    if form.blocks == 1 and len(flat) == form.rows and form.axes[0] != len(form.shape):
-        whole = flat.reshape(form.rows, 1)
-        if form.block == form.columns:
-            return whole.copy()
-    extents = [form.shape[i] for i in range(len(form.shape))]
+    if form.blocks == 1:
+        return flat.reshape(form.rows, 1).copy()
+    extents = list(form.shape)
     extents[form.axes[-1]] = form.blocks
     return np.ascontiguousarray(flat.reshape(extents).transpose(form.axes)).reshape(form.rows, -1)
 
 
-def _put_back(rows: NDArray[Any], form: Form, last: int) -> NDArray[Any]:
-    """Rows of a form (with `last` numbers of the last axis) in the order of the stored tensor."""
-    extents = [form.shape[i] for i in form.axes]
-    if last != form.columns and form.blocks == 1 and form.block == form.columns:
-        return rows.reshape(-1)  # one for each slice of an axis
-    if last != form.columns or math.prod(extents[1:]) != last:
-        extents[-1] = last if last != form.columns else extents[-1]
-    back = np.argsort(form.axes)
-    return np.ascontiguousarray(rows.reshape(extents).transpose(back))
+def _put_back(scales: Floats, form: Form) -> Floats:
+    """Scales of the rows in the order of the stored tensor."""
+    if form.blocks == 1:
+        return scales
+    extents = [*(form.shape[i] for i in form.axes[:-1]), form.blocks]
+    return np.ascontiguousarray(scales.reshape(extents).transpose(np.argsort(form.axes)))
 
 
 def _quantised(
@@ -234,7 +229,7 @@ def _quantised(
         low = np.minimum(rows.min(axis=1), 0)
         scales = (np.maximum(rows.max(axis=1), 0) - low) / last
         safe = np.where(scales == 0, 1, scales)
-        zeros = np.clip(np.rint(-low / safe), 0, last).astype(np.float64) + scheme.lowest
+        zeros = np.clip(_rounded(-low / safe, scheme), 0, last) + scheme.lowest
         zeros[scales == 0] = scheme.lowest
     with np.errstate(over="ignore"):
         scales = scales.astype(dtype)
@@ -248,11 +243,17 @@ def _quantised(
     if scheme.symmetric and not scheme.signed_scale:
         smallest += 1  # -127 to 127
     codes = np.clip(
-        np.rint(rows * back[:, None] + zeros[:, None].astype(np.float32)),
+        _rounded(rows * back[:, None] + zeros[:, None].astype(np.float32), scheme),
         smallest,
         scheme.lowest + int(last),
     )
     return scales.astype(np.float64), zeros, codes.astype(np.int16)
+
+
+def _rounded(numbers: NDArray[np.float32], scheme: Scheme) -> Floats:
+    """Numbers as whole ones; negative ones, which are no codes, as they come."""
+    wide = numbers.astype(np.float64)
+    return np.floor(wide + 0.5) if scheme.halves_up else np.rint(wide)
 
 
 def _unpacked(raw: bytes, bits: int, count: int, *, signed: bool = False) -> Narrow:
@@ -261,15 +262,16 @@ def _unpacked(raw: bytes, bits: int, count: int, *, signed: bool = False) -> Nar
     flat = np.frombuffer(raw, np.uint8)[: -(-count // each)]
     if bits == 8:
         return flat.view(np.int8 if signed else np.uint8).copy()
-    codes = np.empty((len(flat), each), np.uint8)
+    codes: Narrow = np.empty((len(flat), each), np.uint8)
     for at in range(each):
         codes[:, at] = (flat >> np.uint8(bits * at)) & np.uint8((1 << bits) - 1)
-    some = codes.reshape(-1)[:count]
+    some: Narrow = codes.reshape(-1)[:count]
     if not signed:
         return some
-    found = some.view(np.int8)
-    found[some >= 1 << (bits - 1)] -= 1 << bits
-    return found
+    high = some >= 1 << (bits - 1)
+    some = some.view(np.int8)
+    some[high] -= 1 << bits
+    return some
 
 
 def _packed(codes: Narrow, bits: int) -> bytes:
@@ -277,11 +279,11 @@ def _packed(codes: Narrow, bits: int) -> bytes:
     if bits == 8:
         return flat.tobytes()
     each = 8 // bits
-    flat = flat & np.uint8((1 << bits) - 1)
-    flat = np.append(flat, np.zeros(-len(flat) % each, np.uint8)).reshape(-1, each)
-    whole = np.zeros(len(flat), np.uint8)
+    low = np.zeros(-(-len(flat) // each) * each, np.uint8)
+    low[: len(flat)] = flat & np.uint8((1 << bits) - 1)
+    whole = np.zeros(len(low) // each, np.uint8)
     for at in range(each):
-        whole |= flat[:, at] << np.uint8(at * bits)
+        whole |= low[at::each] << np.uint8(at * bits)
     return whole.tobytes()
 
 
@@ -295,9 +297,7 @@ def dequantise(node: QuantisedNode, stored: Mapping[str, Stored]) -> Floats:
     form = form_of(node, stored)
     numbers = loaded(form, stored).numbers(0, form.rows)
     back = np.argsort(form.axes)
-    return np.ascontiguousarray(
-        numbers.reshape([form.shape[i] for i in form.axes]).transpose(back)
-    )
+    return np.ascontiguousarray(numbers.reshape([form.shape[i] for i in form.axes]).transpose(back))
 
 
 def requantise(
@@ -327,6 +327,14 @@ def numbers_of(source: Quantised, weight: Weight, start: int, stop: int) -> Floa
     back = np.argsort(form.axes)
     whole = weight.numbers(0, form.rows).reshape([form.shape[i] for i in form.axes])
     return whole.transpose(back).reshape(source.shape[0], width)[start:stop]
+
+
+def steps_of(source: Quantised, weight: Weight, start: int, stop: int) -> Floats:
+    """How far apart neighbouring codes of these rows are, number by number."""
+    ones = replace(
+        weight, codes=np.ones(weight.codes.shape, np.uint8), zeros=np.zeros_like(weight.zeros)
+    )
+    return np.abs(numbers_of(source, ones, start, stop))
 
 
 def put_all(source: Quantised, weight: Weight, wanted: NDArray[Any]) -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from loratools.commands.push_plan import ordered
 from loratools.errors import LoratoolsError
+from tests.hub_fixture import unset
 
 SECRET = "hf_" + "kQ7XwV9NmL2OiU5TrE8QaSdF4HjKl6CxvB"
 
@@ -11,8 +12,8 @@ SECRET = "hf_" + "kQ7XwV9NmL2OiU5TrE8QaSdF4HjKl6CxvB"
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch, tmp_path):
     """Nobody is logged in: what needs a token, or the network, is refused before it is asked."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        monkeypatch.delenv(name, raising=False)
+    unset(monkeypatch)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no_token"))
 
 
@@ -85,6 +86,9 @@ def test_a_token_on_the_command_line_is_answered_and_not_repeated(here, run):
         (["--create-pr", "--revision", "dev"], "--revision refs/pr/N"),
         (["--create-branch"], "--create-branch needs --revision"),
         (["--create-branch", "--revision", "refs/pr/1"], "no name of a branch"),
+        (["--create-branch", "--revision", "a..b"], "--revision a..b: git has no such name"),
+        (["--revision", "refs/pr/abc"], "expected a branch, or refs/pr/N"),
+        (["--tag", "two words"], "--tag two words: git has no such name"),
         (["--create-pr", "--tag", "v1"], "not of a pull request"),
         (["--commit-message", " "], "three characters"),
         (["--path-in-repo", "../up"], "--path-in-repo"),
@@ -101,6 +105,14 @@ def test_nobody_is_logged_in(here, run):
     ended = run("push", "a", "org/style")
     assert ended.status == 9
     assert "hf auth login" in ended.err
+
+
+def test_a_token_of_ci_that_cannot_be_had(here, run, monkeypatch):
+    monkeypatch.setenv("HF_OIDC_RESOURCE", "org/style")
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    ended = run("push", "a", "org/style")
+    assert ended.status == 9, ended.err
+    assert "HF_OIDC_RESOURCE" in ended.err
 
 
 def test_a_key_that_is_not_there(here, run):

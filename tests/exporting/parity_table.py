@@ -73,10 +73,7 @@ TABLE: dict[str, Row] = {
     "marian": Row("Marian", modules("q_proj", "v_proj", "fc1"), graphs=TWO),
     "whisper": Row("Whisper", modules("q_proj", "v_proj", "fc1"), graphs=TWO),
     "vit": Row("ViT, classified", modules("q_proj", "v_proj", "fc1")),
-    "unet": Row(
-        "U-Net of diffusers", modules("to_q", "to_v", "conv1"), cannot=("hf",),
-        not_folded=(),
-    ),
+    "unet": Row("U-Net of diffusers", modules("to_q", "to_v", "conv1"), not_folded=()),
 }  # fmt: skip
 # Real weights; their tests lie elsewhere or take no exporter as an argument.
 REAL = {

@@ -1,5 +1,7 @@
 """`export` with adapters switched, running in the graph or folded into one, against PEFT."""
 
+import json
+
 import numpy as np
 import onnx
 import peft
@@ -152,3 +154,41 @@ def test_one_runtime_adapter_at_a_time(room, tmp_path):
             weights=[1, 1],
         )  # fmt: skip
     assert refused.value.code == "usage"
+
+
+def test_adapters_are_folded_into_a_copy_of_a_live_module(room, tmp_path):
+    live = loaded(room)
+    before = {n: t.clone() for n, t in live.state_dict().items()}
+    result = loratools.export(
+        live, adapters=[room / "a", f"{room / 'a'}"], weights=[0.75, 0.25], out=tmp_path / "o",
+        exporter="legacy",
+    )  # fmt: skip
+    assert result.makes.startswith("export: 2 adapters in LlamaForCausalLM")
+    assert all(torch.equal(before[n], t) for n, t in live.state_dict().items())
+    ids, mask = sample()
+    model = peft.PeftModel.from_pretrained(loaded(room), room / "a").eval()
+    with torch.no_grad():
+        due = model(input_ids=ids, attention_mask=mask).logits.numpy()
+    graph = tmp_path / "o" / "model.onnx"
+    got = session(graph).run(feeds_of(graph, ids, mask))
+    assert np.abs(got["logits"] - due).max() < 1e-5 * max(1, np.abs(due).max())
+    props = {p.key: p.value for p in onnx.load(graph).metadata_props}
+    assert len(json.loads(props["loratools.adapters"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("adapters", "options", "words"),
+    [
+        (["prefix"], {}, "export it from the model's folder"),
+        (["a"], {"only": ["*q_proj*"]}, "only belongs to a model in a folder"),
+        (["a"], {"weights": [{"*q_proj*": 1, "*": 0.5}]}, "belong to a model in a folder"),
+        (["a", "b"], {}, "weight"),
+    ],
+)
+def test_what_a_live_module_does_not_take(adapters, options, words, room, tmp_path):
+    with pytest.raises(loratools.LoratoolsError, match=words) as refused:
+        loratools.export(
+            loaded(room), adapters=[room / a for a in adapters], out=tmp_path / "o", **options
+        )
+    assert refused.value.code == "usage"
+    assert not (tmp_path / "o").exists()

@@ -271,7 +271,8 @@ def test_untied(tmp_path: Path, exporter: str) -> None:
     merge([adapter], base, out=tmp_path / "folded", untie=True)
     expected = bases.Plain(bases.loaded(tmp_path / "folded", "tied"))(bases.IDS, bases.MASK)
     got = bases.numbers(tmp_path / "out" / "model.onnx")
-    assert np.abs(got - expected.detach().numpy()).max() < 1e-5
+    real = bases.MASK.bool().numpy()  # of padding the exporter's graph makes other numbers
+    assert np.abs(got - expected.detach().numpy())[real].max() < 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
 

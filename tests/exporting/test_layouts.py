@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from loratools.errors import ProofError, RefusedError, UsageError
-from loratools.exporting.layouts import genai, to_ort, transformers_js
+from loratools.exporting.layouts import genai, prove_genai, to_ort, transformers_js
 from tests.environments import folder as environments
 from tests.exporting.graphs_run import MAKERS, bert, outputs, session, with_external_data
 
@@ -134,6 +134,7 @@ def test_onnxruntime_genai_generates_from_what_its_builder_made(precision, tmp_p
     assert {"genai_config.json", "model.onnx", "tokenizer.json"} <= set(files)
     for path in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    assert prove_genai(tmp_path / "m", tmp_path / "out", precision)[1] > 0.9
     opened = onnxruntime_genai.Model(str(tmp_path / "out"))
     wanted = onnxruntime_genai.GeneratorParams(opened)
     wanted.set_search_options(max_length=16, do_sample=False)
@@ -152,8 +153,9 @@ def test_onnxruntime_genai_generates_from_what_its_builder_made(precision, tmp_p
 @pytest.mark.slow
 def test_a_builder_that_mistakes_a_layer_for_the_head_is_found_out(tmp_path):
     checkpoint(tmp_path / "m", llama(intermediate_size=120), 120)
+    genai(tmp_path / "m", tmp_path / "out")
     with pytest.raises(ProofError, match="differs from the model"):
-        genai(tmp_path / "m", tmp_path / "out")
+        prove_genai(tmp_path / "m", tmp_path / "out", "fp32")
 
 
 @pytest.mark.slow

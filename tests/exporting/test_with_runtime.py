@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+import loratools
 from loratools import LoratoolsError, formats
 from loratools.exporting.runtime import generate, session
 from loratools.exporting.with_runtime import (
@@ -298,6 +299,27 @@ def test_onnxruntime_computes_what_adapterhub_does(case, hub, tmp_path):
     module, expected, seen, scale = of_hub(hub, case)
     path = traced(module, tmp_path / "model.onnx", output_of(HUB[case][0]))
     ran = torch.from_numpy(run(path, IDS, MASK))
+    torch.testing.assert_close(ran[seen] / scale, expected[seen] / scale, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.oracle("adapters")
+@pytest.mark.parametrize("case", ["Pfeiffer", "Houlsby, DistilBERT", "Houlsby, Llama"])
+def test_export_leaves_it_in_the_graph(case, hub, tmp_path):
+    """The whole way: proven against the module, and equal to what adapters computed."""
+    _, expected, seen, scale = of_hub(hub, case)
+    base, made = hub / HUB[case][0], hub / f"made{list(HUB).index(case)}"
+    result = loratools.export(
+        base, adapters=[made], out=tmp_path / "o", exporter="legacy", kv_cache=False
+    )
+    assert result.parity["ok"]
+    assert f"with {made.name}" in result.makes
+    opened = session(tmp_path / "o" / "model.onnx")
+    given = {
+        "input_ids": IDS, "attention_mask": MASK, "token_type_ids": torch.zeros_like(IDS),
+        "position_ids": torch.arange(IDS.shape[1]).expand_as(IDS),
+    }  # fmt: skip
+    found = opened.run({name: given[name].numpy() for name in result.inputs})
+    ran = torch.from_numpy(found[output_of(HUB[case][0])])
     torch.testing.assert_close(ran[seen] / scale, expected[seen] / scale, atol=1e-5, rtol=1e-5)
 
 

@@ -68,7 +68,7 @@ def three_ways(
     for file in row.graphs:
         weights_are(due, room / "folded" / file)
         allow = [f"unmatched:{g}" for g in (SIDES.get(file), row.pruned) if g]
-        out = room / f"within-{file.partition(".")[0]}"
+        out = room / f"within-{Path(file).stem}"
         loratools.merge([room / "lora"], base=room / "plain" / file, out=out, allow=allow, **tied)
         assert content(room / "plain" / file)[0] != content(room / "folded" / file)[0]
         assert content(out / file) == content(room / "folded" / file)

@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import onnxruntime
+import pytest
 
 import loratools
+from tests.exporting.parity_table import PROVEN, REAL
+from tests.exporting.three_ways import three_ways
 
 
 def test_stories260k_tells_its_story(field_data, tmp_path):
@@ -36,3 +39,10 @@ def test_stories260k_tells_its_story(field_data, tmp_path):
         new = found["logits"][:, -1:].argmax(-1)
         tokens.append(int(new[0, 0]))
     assert tokens == due["greedy_ids"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exporter", PROVEN["stories260k"])
+def test_stories260k_folded_and_folded_in_the_graph(exporter, field_data, tmp_path):
+    folder = field_data / "adapters_and_models" / "stories260k-hf"
+    three_ways("stories260k", folder, REAL["stories260k"], exporter, tmp_path)

@@ -192,7 +192,7 @@ def test_too_many_requests(hub):
 def test_the_hub_has_a_fault_of_its_own(hub, status):
     hub.put("me/x", {})
     hub.fault("POST", "/commit/", status, words="the database is away")
-    with refused("network", 11, f"answers {status}: the database is away", "not sent twice"):
+    with refused("network", 11, f"answers {status}: the database is away", "not moved twice"):
         commit()
 
 
@@ -237,7 +237,7 @@ def test_an_error_for_one_object(hub, monkeypatch):
 def test_a_connection_that_ends(hub, what):
     hub.put("me/x", {})
     hub.fault("POST", "/commit/", what)
-    with refused("network", 11, hub.url, "not sent twice", resume=RESUME) as caught:
+    with refused("network", 11, hub.url, "not moved twice", resume=RESUME) as caught:
         commit()
     assert RESUME in caught.value.problems[0].advice
 

@@ -75,6 +75,35 @@ def test_an_adapter_as_a_trainer_leaves_it_is_sent_without_what_training_left(ad
     assert found.base_ids == ("org/base",)
 
 
+def test_a_file_that_keeps_passwords_is_refused_whatever_it_holds(adapter):
+    (adapter / ".env").write_text("DB_PASSWORD=hunter2\n")
+    found = artefact(adapter, include=[".env"])
+    assert codes(found) == ["secret"]
+    assert ".env is a file that keeps passwords" in said(found)
+    assert "hunter2" not in said(found)
+
+
+def test_paths_in_the_metadata_of_weights_are_noted(tmp_path):
+    save_file(
+        {"lora_unet_a.lora_down.weight": torch.zeros(2, 4)},
+        tmp_path / "a.safetensors",
+        metadata={"ss_sd_model_name": "/home/me/sd15.safetensors", "ss_output_name": "a"},
+    )
+    (note,) = [n for n in artefact(tmp_path).notes if "metadata" in n]
+    assert note == (
+        "a.safetensors: its metadata name paths of this machine (ss_sd_model_name), and go with it"
+    )
+
+
+def test_of_many_secrets_the_first_are_told(adapter):
+    (adapter / "log.txt").write_text(f"login {TOKEN}\n" * 5000)
+    found = artefact(adapter, include=["log.txt"])
+    assert [p.message for p in found.problems][-2:] == [
+        "log.txt, line 10: an access token of the Hub",
+        "log.txt, 4990 more lines",
+    ]
+
+
 def test_include_and_exclude_decide_and_content_is_checked_all_the_same(adapter):
     (adapter / "notes.txt").write_text("plain")
     (adapter / "bad.txt").write_bytes(pickle.dumps(OrderedDict(a=1)))

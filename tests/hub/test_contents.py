@@ -24,8 +24,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from loratools.containers.local import LocalFile
-from loratools.hub import contents
-from loratools.hub.contents import is_local_path, last_part, pickled, scrubbed, secrets, secrets_in
+from loratools.hub import access, contents
+from loratools.hub.contents import (
+    is_local_path,
+    keeps_secrets,
+    last_part,
+    scrubbed,
+    secrets,
+    secrets_in,
+)
+from loratools.hub.pickles import pickled
 
 CALLS = OrderedDict(a=1)  # which is rebuilt by a call in every protocol
 
@@ -82,6 +90,7 @@ PICKLES = {
     "npy with a field of objects": array(RECORDS),
     "npz of objects": array(OBJECTS, zipped=True),
     "tar, as NeMo": tarred("model_weights.ckpt", saved({"w": torch.zeros(2)})),
+    "without its magic number": b"\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
     "tar with a bare one": tarred("x", pickle.dumps(CALLS, protocol=0)),
 }
 
@@ -138,6 +147,8 @@ def test_safetensors_are_no_pickle(tmp_path):
 LETTERS = string.ascii_letters + string.digits
 SECRETS = {
     "Hub": TOKEN,
+    "Hub, letters alone": "hf_" + drawn(string.ascii_letters, 34),
+    "AWS, letters alone": "AKIA" + drawn(string.ascii_uppercase, 16),
     "GitHub": "ghp_" + drawn(LETTERS, 36),
     "GitHub, fine": "github_pat_" + drawn(LETTERS + "_", 70),
     "GitLab": "glpat-" + drawn(LETTERS, 20),
@@ -165,6 +176,7 @@ def test_a_secret_is_found_with_its_line_and_never_repeated(tmp_path, sort):
 
 
 STAND_INS = [
+    "hf_transformersmodelforcausallmwithvaluehead",
     "hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
     "HF_TOKEN=hf_YOUR_TOKEN_HERE",
     "api_key = os.environ['API_KEY']",
@@ -211,9 +223,37 @@ def test_the_users_own_token_is_found_however_it_looks(tmp_path, monkeypatch):
     assert str(found) == "line 2: your own token"
 
 
+def test_every_token_of_hf_auth_switch_is_the_users_own(tmp_path, monkeypatch):
+    kept = written(
+        tmp_path, "stored", b"[work]\nhf_token = other!token\n\n[home]\nhf_token = t2!own__\n"
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_STORED_TOKENS_PATH", kept.name)
+    assert {b"other!token", b"t2!own__"} <= contents.own_tokens()
+    assert access.scrubbed("401 for other!token") == "401 for <token>"
+
+
+@pytest.mark.parametrize("name", [".env", ".env.local", ".netrc", "id_ed25519", "token", "x.p12"])
+def test_files_that_keep_passwords_are_known_by_their_names(name):
+    assert keeps_secrets(name)
+
+
+@pytest.mark.parametrize("name", [".env.example", "tokenizer.json", "public.pem", "env.yaml"])
+def test_other_files_are_judged_by_what_they_hold(name):
+    assert not keeps_secrets(name)
+
+
 @pytest.mark.parametrize(
     "raw",
-    [b"a" * 8, b"https://a:", b"password:", b"sk-", b"eyJ", b"-----BEGIN A ", b"github_pat_a"],
+    [
+        TOKEN.encode() + b"\n",
+        b"a" * 8,
+        b"https://a:",
+        b"password:",
+        b"sk-",
+        b"eyJ",
+        b"-----BEGIN A ",
+        b"github_pat_a",
+    ],
 )
 def test_the_time_grows_with_the_size_and_no_faster(tmp_path, raw):
     file = written(tmp_path, "x.txt", raw * (2_000_000 // len(raw)))

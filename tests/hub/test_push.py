@@ -145,7 +145,7 @@ def test_a_dry_run_needs_neither_a_login_nor_a_network(hub, adapter):
     assert "not compared with the Hub: nobody is logged in" in alone.out
     away = hub.cli("push", adapter, "me/style", "-n", *PLAIN, env={"HF_HUB_OFFLINE": "1"})
     assert away.status == 0
-    assert "not compared with the Hub: HF_HUB_OFFLINE is set" in away.out
+    assert "not compared with the Hub: HF_HUB_OFFLINE=1 is set" in away.out
     assert hub.log == []
 
 
@@ -290,3 +290,16 @@ def test_a_tag_names_the_verified_commit_and_is_never_moved(hub, adapter):
     assert "choose another --tag" in caught.problems[0].advice
     assert commits(hub) == 1
     assert hub.repos["me/style"].refs["refs/tags/v1"] == result.commit
+
+
+def test_hashing_is_told_before_anybody_is_asked(hub, adapter):
+    total = sum(p.stat().st_size for p in adapter.iterdir())
+    told = []
+
+    def progress(done, of):
+        assert hub.log == []
+        told.append((done, of))
+
+    push(adapter, dry_run=True, progress=progress)
+    assert told[-1] == (total, total)
+    assert told == sorted(told)

@@ -43,6 +43,18 @@ def test_words_of_others_on_the_hub_stay(hub, adapter):
     assert commits(hub) == before
 
 
+def test_a_card_that_cannot_be_kept_to_the_letter_is_not_touched(hub, adapter, tmp_path):
+    hub.put("me/style", {"README.md": b"# caf\xe9\n"}, private=True)
+    caught = refused("card", adapter, **TOLD)
+    assert "README.md of me/style is not UTF-8" in caught.message
+    assert "--card FILE" in caught.problems[0].advice
+    push(adapter)
+    assert held(hub)["README.md"] == b"# caf\xe9\n"
+    (tmp_path / "new.md").write_text("---\nlicense: mit\nbase_model: org/base\n---\n# New\n")
+    push(adapter, card=str(tmp_path / "new.md"))
+    assert held(hub)["README.md"].endswith(b"# New\n")
+
+
 def test_no_card_when_none_is_wanted(hub, adapter):
     hub.put("me/style", {"README.md": MINE}, private=True)
     result = push(adapter)

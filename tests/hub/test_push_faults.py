@@ -77,6 +77,30 @@ def test_a_repository_that_moves_meanwhile(hub, adapter):
     assert push(adapter).uploaded == 2
 
 
+def test_a_file_that_changes_while_it_is_sent_is_not_committed(hub, adapter):
+    weights = adapter / "adapter_model.safetensors"
+    hub.fault("PUT", "", slow=0.7)
+
+    def meddle():
+        wait_for(lambda: hub.asked("POST", "/objects/batch"))
+        weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+
+    meddling = threading.Thread(target=meddle)
+    meddling.start()
+    caught = refused("input_changed", adapter)
+    meddling.join()
+    assert "adapter_model.safetensors was written to" in caught.message
+    assert commits(hub) == 0
+
+
+def test_a_large_file_is_hashed_once(hub, adapter, monkeypatch):
+    def hashed(*_):
+        raise AssertionError("the library hashes what is hashed already")
+
+    monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", hashed)
+    assert push(adapter).verified == 2
+
+
 def wait_for(what, seconds=20.0):
     end = time.monotonic() + seconds
     while not what():

@@ -31,6 +31,25 @@ def test_a_signed_push_verifies_where_it_is_pulled(hub, adapter, tmp_path, run):
     assert "adapter_config.json: is not the file that was signed" in ended.out
 
 
+def test_what_a_signature_says_is_said_of_the_address(hub, adapter, tmp_path, run):
+    private, public = pair(tmp_path)
+    _, other = pair(tmp_path, "other")
+    push(adapter)
+    ended = run("verify", "me/style", "--key", public)
+    assert ended.status == 10
+    assert "me/style has no model.sig: nobody signed it" in ended.err
+    push(adapter, sign_key=private)
+    ended = run("verify", "me/style", "--key", other)
+    assert ended.status == 8
+    assert "model.sig of me/style was made with another key than" in ended.err
+    assert str(hub.home) not in ended.err
+    hub.put("me/style", {"more.txt": b"x"})
+    ended = run("verify", "me/style", "--key", public)
+    assert ended.status == 8
+    assert "more.txt: is there and was not signed" in ended.out
+    assert "1 mismatch\n" in ended.out
+
+
 def test_a_signed_push_done_again_changes_nothing(hub, adapter, tmp_path):
     private, _ = pair(tmp_path)
     push(adapter, sign_key=private)

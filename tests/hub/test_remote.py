@@ -82,6 +82,21 @@ def test_a_connection_that_always_ends_early_is_an_error(hub, file):
         file.read(0, len(NUMBERS))
 
 
+def test_what_failed_just_now_is_not_tried_again_by_the_next_reader(hub, file, monkeypatch):
+    hub.fault("GET", "numbers.bin", "cut", times=9)
+    monkeypatch.setattr(ranges, "ATTEMPTS", 2)
+    with pytest.raises(NetworkError) as first:
+        file.read(0, 100_000)
+    asked = len(hub.log)
+    with pytest.raises(NetworkError) as second:
+        file.read(0, 8)
+    assert second.value is first.value
+    assert len(hub.log) == asked
+    hub.faults.clear()
+    monkeypatch.setattr(ranges, "RESPITE", 0.0)
+    assert file.read(0, 8) == NUMBERS[:8]
+
+
 def test_a_hub_that_is_busy_is_asked_again(hub, file):
     hub.fault("GET", "numbers.bin", 503)
     assert file.read(5, 5) == NUMBERS[5:10]
@@ -161,6 +176,71 @@ def test_a_name_that_leaves_the_repository_is_refused(hub, path):
     with pytest.raises(MalformedError) as caught:
         remote.bundle(Address("org/x"))
     assert caught.value.code == "hostile"
+
+
+ODD = [
+    {"CON": b"1"},
+    {"aux.json": b"1"},
+    {"a:b.json": b"1"},
+    {"a./x.json": b"1"},
+    {"A.json": b"1", "a.json": b"2"},
+]
+
+
+@pytest.mark.parametrize("files", ODD)
+def test_a_name_that_not_every_system_can_hold_is_not_fetched(hub, files):
+    hub.put("org/x", {"config.json": b"{}", **files})
+    assert remote.fetched(Address("org/x"), ["config.json"]).path is not None
+    with pytest.raises(MalformedError) as caught:
+        remote.fetched(Address("org/x"))
+    assert caught.value.code == "hostile"
+    assert not any((hub.cache).rglob(next(iter(files))))
+
+
+def test_a_list_without_end_is_refused(hub, monkeypatch):
+    monkeypatch.setattr(remote, "MOST", 100)
+    hub.put("org/x", {f"{n}.txt": b"1" for n in range(200)})
+    hub.put("org/deep", {f"{n}/a/b/c.txt": b"1" for n in range(60)})
+    hub.entries = 20
+    for name, words in (("org/x", "more than 100 files"), ("org/deep", "more than 100 folders")):
+        with pytest.raises(MalformedError, match=words):
+            remote.bundle(Address(name))
+    assert len(hub.asked("GET", "org/x/tree")) < 8  # of ten pages
+
+
+def test_folders_in_one_another_have_an_end(hub):
+    hub.put("org/x", {"a/" * 60 + "x": b"1"})
+    with pytest.raises(MalformedError) as caught:
+        remote.bundle(Address("org/x"))
+    assert caught.value.code == "hostile"
+
+
+def test_a_hub_that_is_busy_when_the_commit_is_asked_for(hub, caplog, capfd):
+    hub.put("org/x", {"a.txt": b"1"})
+    hub.fault("GET", "/api/models/org/x", 503, times=2, headers={"Retry-After": "0"})
+    assert remote.bundle(Address("org/x")).names == (".gitattributes", "a.txt")
+    assert [r.name for r in caplog.records] == ["loratools.hub.patience"] * 2
+    assert "Retrying" not in capfd.readouterr().err
+
+
+def test_what_the_library_says_is_said_in_our_words_and_once(hub, caplog, capfd):
+    hub.put("org/x", {"a.txt": b"1"})
+    hub.fault("GET", "/tree/", 503, times=2, headers={"Retry-After": "0"})
+    remote.bundle(Address("org/x"))
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("loratools")]
+    assert said == ["the Hub does not answer, or is busy; trying again"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_commit_from_the_cache_is_said_to_be_one(hub, caplog, capfd):
+    hub.put("org/x", {"a.txt": b"1"})
+    remote.fetched(Address("org/x"))
+    hub.put("org/x", {"a.txt": b"22"})
+    hub.fault("GET", "/api/models/org/x", 503, times=9, headers={"Retry-After": "0"})
+    assert remote.bundle(Address("org/x")).open("a.txt").size == 1
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("loratools")]
+    assert said == ["the Hub cannot be reached: the commit that is in the cache is read"]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_repository_that_is_not_there_or_not_yours(hub):

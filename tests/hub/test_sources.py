@@ -239,6 +239,13 @@ def test_what_is_neither_says_how_it_was_read(seeded):
     assert caught.value.message.startswith("no file or folder named org/none here; on the Hub: ")
 
 
+def test_a_path_that_may_be_meant_for_the_hub_is_answered_with_the_address(seeded):
+    with pytest.raises(NotFoundError) as caught:
+        inspect("org/one/adapter_model.safetensors")
+    assert "org/one:adapter_model.safetensors" in caught.value.problems[0].advice
+    assert not seeded.log
+
+
 @pytest.mark.parametrize("name", ["nothing", "./org/one", "org/one/", "a/b/c", "../x", "org/ one"])
 def test_what_can_only_be_a_path_asks_nobody(seeded, name):
     with pytest.raises(NotFoundError, match="no file or folder named"):

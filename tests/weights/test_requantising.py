@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from loratools.errors import MalformedError, RefusedError
 from loratools.exporting.quantising import quantise
-from loratools.exporting.requantising import Stored, dequantise, requantise
+from loratools.weights.requantising import Stored, dequantise, requantise
 from tests.exporting.graphs_run import outputs
 
 NAMES = {TensorProto.FLOAT: "F32", TensorProto.FLOAT16: "F16", TensorProto.UINT8: "U8",
