@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratools._version import VERSION
-from loratools.adapter import Adapter, Origin, Source, leaves
+from loratools.adapter import Adapter, Leaf, Origin, Source, leaves
 from loratools.containers.bundle import Bundle, local
 from loratools.containers.local import LocalFile
 from loratools.containers.strict_json import loads
@@ -42,6 +42,15 @@ def fingerprint(adapter: Adapter) -> str:
                 return found.hexdigest()
             found.update(f"{delta_key} {leaf.dtype} {leaf.shape}".encode())
             found.update(leaf.read())
+    return found.hexdigest()
+
+
+def digest(leaf: Leaf, step: int = 8 << 20) -> str:
+    """The sha256 of a stored tensor's bytes."""
+    found = hashlib.sha256()
+    assert leaf.source is not None
+    for at in range(0, leaf.nbytes, step):
+        found.update(leaf.source.read(leaf.offset + at, min(step, leaf.nbytes - at)))
     return found.hexdigest()
 
 

@@ -13,9 +13,9 @@ from loratools import receipt
 from loratools.algebra import block
 from loratools.commands.companions import Companions, plan_companions
 from loratools.commands.inspect import as_json, human, pair
-from loratools.commands.judging import judge, known
+from loratools.commands.judging import Judged, judge, known
 from loratools.commands.merge import MergeResult, Progress
-from loratools.commands.numbers import KEPT, lost, pooled, sampled, survives
+from loratools.commands.numbers import KEPT, Sampled, lost, pooled, sampled, survives
 from loratools.errors import Problem, error, shown
 from loratools.folding import Cut, Tally, choose_device
 from loratools.plan import Plan
@@ -78,29 +78,15 @@ def fold(
         shards = (replace(shards[0], name=out.name),)
         companions = Companions()
     nbytes = sum(s.size for s in shards)
-    count = len(plan.adapters)
-    makes = (
-        f"fold: {count} adapter{'s' if count > 1 else ''} into {Path(plan.base.name).name} -> "
-        f"model, {human(nbytes)}"
-    )
-    result = MergeResult(
-        makes=makes,
-        output=out,
-        targets=sum(plan.matched),
-        total=sum(plan.total),
+    result = announced(
+        plan,
+        "model",
+        nbytes,
+        sample,
+        judged,
         method=recipe["method"],
-        weights=[],
-        truncation_error=None,
-        update_kept=sample.update_kept,
-        seconds=0.0,
-        nbytes=nbytes,
-        problems=judged.problems,
-        notes=(
-            *(f"names: {p}" for p in plan.prefixes if p.added or p.removed),
-            *companions.notes,
-            *_whole(plan),
-        ),
-        groups=groups(plan, sample.tallies, sample.tallies),
+        out=out,
+        notes=(*companions.notes, *_whole(plan)),
         dry_run=dry_run,
         device=str(where),
     )
@@ -128,7 +114,7 @@ def fold(
         tallies = streamed.tallies
         receipt.write(
             output.folder,
-            makes=makes,
+            makes=result.makes,
             recipe=recipe,
             device=str(where),
             files=files,
@@ -153,6 +139,42 @@ def fold(
         if not said:
             result.problems += (Problem("loss", survives(result.update_kept), "warning"),)
     return result
+
+
+def announced(
+    plan: Plan,
+    made: str,
+    nbytes: int,
+    sample: Sampled,
+    judged: Judged,
+    *,
+    method: str,
+    out: Path | None,
+    notes: Sequence[str],
+    dry_run: bool,
+    device: str,
+) -> MergeResult:
+    """What a fold is going to make, as far as headers and a sample of rows can tell."""
+    count = len(plan.adapters)
+    base = Path(plan.base.name).name
+    return MergeResult(
+        makes=f"fold: {count} adapter{'s' if count > 1 else ''} into {base} -> "
+        f"{made}, {human(nbytes)}",
+        output=out,
+        targets=sum(plan.matched),
+        total=sum(plan.total),
+        method=method,
+        weights=[],
+        truncation_error=None,
+        update_kept=sample.update_kept,
+        seconds=0.0,
+        nbytes=nbytes,
+        problems=judged.problems,
+        notes=(*(f"names: {p}" for p in plan.prefixes if p.added or p.removed), *notes),
+        groups=groups(plan, sample.tallies, sample.tallies),
+        dry_run=dry_run,
+        device=device,
+    )
 
 
 def _whole(plan: Plan) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from loratools import receipt
 from loratools._version import VERSION
-from loratools.adapter import Leaf, LowRank
+from loratools.adapter import LowRank
 from loratools.commands.companions import TOKENIZER, Companions, plan_companions
-from loratools.commands.inspect import as_json, human
+from loratools.commands.inspect import as_json
 from loratools.commands.judging import judge, known
 from loratools.commands.merge import MergeResult, Progress
 from loratools.commands.numbers import KEPT, lost, pooled, sampled, survives
@@ -50,7 +50,7 @@ def fold_graph(
     progress: Progress | None,
 ) -> MergeResult:
     """Fold a plan into its graph at `out`; all or nothing, every check before the first byte."""
-    from loratools.commands.folded import entry, groups, truncation
+    from loratools.commands.folded import announced, entry, groups, truncation
 
     base = plan.base.graph
     assert base is not None
@@ -78,29 +78,15 @@ def fold_graph(
     companions = Companions() if as_file else _companions(plan, recipe["tokenizer"])
     graph = out.name if as_file and out is not None else base.file
     nbytes = sum(layout.sizes.values())
-    count = len(plan.adapters)
-    makes = (
-        f"fold: {count} adapter{'s' if count > 1 else ''} into {Path(plan.base.name).name} -> "
-        f"graph, {human(nbytes)}"
-    )
-    result = MergeResult(
-        makes=makes,
-        output=out,
-        targets=sum(plan.matched),
-        total=sum(plan.total),
+    result = announced(
+        plan,
+        "graph",
+        nbytes,
+        sample,
+        judged,
         method=recipe["method"],
-        weights=[],
-        truncation_error=None,
-        update_kept=sample.update_kept,
-        seconds=0.0,
-        nbytes=nbytes,
-        problems=judged.problems,
-        notes=(
-            *(f"names: {p}" for p in plan.prefixes if p.added or p.removed),
-            *companions.notes,
-            *_told(layout),
-        ),
-        groups=groups(plan, sample.tallies, sample.tallies),
+        out=out,
+        notes=(*companions.notes, *_told(layout)),
         dry_run=dry_run,
         device=str(where),
     )
@@ -120,7 +106,7 @@ def fold_graph(
         files += companions.write(output.folder)
         receipt.write(
             output.folder,
-            makes=makes,
+            makes=result.makes,
             recipe=recipe,
             device=str(where),
             files=files,
@@ -271,13 +257,5 @@ def _require_written(
             continue
         if not same(was, now):
             raise error("storage", f"{shown(tensor)} was not copied as it is")
-        found[tensor] = _digest(now)
+        found[tensor] = receipt.digest(now)
     return found
-
-
-def _digest(leaf: Leaf, step: int = 8 << 20) -> str:
-    found = hashlib.sha256()
-    assert leaf.source is not None
-    for at in range(0, leaf.nbytes, step):
-        found.update(leaf.source.read(leaf.offset + at, min(step, leaf.nbytes - at)))
-    return found.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -154,17 +153,9 @@ def _digests(proof: Proof) -> int:
         if file in proof.hashed or not due:
             continue
         checked += 1
-        if _digest(leaf) != due:
+        if receipt.digest(leaf) != due:
             proof.mismatches.append(Mismatch("has another sha256", name, file))
     return checked
-
-
-def _digest(leaf: Leaf, step: int = 8 << 20) -> str:
-    found = hashlib.sha256()
-    assert leaf.source is not None
-    for at in range(0, leaf.nbytes, step):
-        found.update(leaf.source.read(leaf.offset + at, min(step, leaf.nbytes - at)))
-    return found.hexdigest()
 
 
 # ------------------------------------------------------------------------------- inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loratools._version import VERSION
 from loratools.errors import error, shown
-from loratools.exporting.graph_files import EXTERNAL_ABOVE, INLINE_BELOW, SIDECAR
+from loratools.exporting.graph_files import EXTERNAL_ABOVE, INLINE_BELOW, SIDECAR, graphs
 from loratools.exporting.parameters import Contents, Found, seen
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def clean(
     graph = model.graph
     _name_ends(graph, inputs, outputs, optional)
     arrays = {t.name: array_of(t, path.parent) for t in graph.initializer}
-    used = {n for g in _graphs(graph) for node in g.node for n in node.input}
+    used = {n for g in graphs(graph) for node in g.node for n in node.input}
     kept = [t for t in graph.initializer if t.name in used | set(outputs)]
     named = _parameter_names(graph, [t.name for t in kept], found, aliases)
     sidecar = {}
@@ -200,20 +200,9 @@ def _dimensions(value: onnx.ValueInfoProto, dims: tuple[int | str, ...], *, stri
 # ------------------------------------------------------------------------------- names
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and those inside its nodes."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
-            for inner in attribute.graphs:
-                yield from _graphs(inner)
-
-
 def _rename(graph: onnx.GraphProto, named: Mapping[str, str]) -> None:
     """Give values other names; one that stands in the way of a new name steps aside."""
-    every = {n for g in _graphs(graph) for node in g.node for n in (*node.input, *node.output)}
+    every = {n for g in graphs(graph) for node in g.node for n in (*node.input, *node.output)}
     every |= {v.name for v in (*graph.input, *graph.output, *graph.initializer)}
     named = {old: new for old, new in named.items() if old != new}
     for new in sorted(set(named.values()) & (every - named.keys())):
@@ -222,7 +211,7 @@ def _rename(graph: onnx.GraphProto, named: Mapping[str, str]) -> None:
             aside += "_"
         named[new] = aside
         every.add(aside)
-    for inner in _graphs(graph):
+    for inner in graphs(graph):
         for node in inner.node:
             node.input[:] = [named.get(n, n) for n in node.input]
             node.output[:] = [named.get(n, n) for n in node.output]
@@ -241,7 +230,7 @@ def _parameter_names(
     Of tied weights, what is looked up by row gets the first name, what is multiplied the last.
     """
     ends = {v.name for v in (*graph.input, *graph.output)}
-    looked_up = {n.input[0] for g in _graphs(graph) for n in g.node if n.op_type == "Gather"}
+    looked_up = {n.input[0] for g in graphs(graph) for n in g.node if n.op_type == "Gather"}
     named: dict[str, str] = {}
     taken = set(ends)
     for name in sorted(initialisers, key=lambda n: n not in looked_up):
@@ -262,7 +251,7 @@ def _strip(model: onnx.ModelProto) -> None:
     """Leave nothing out of the trace: stack traces, paths, comments, shapes of inner values."""
     model.doc_string = model.domain = ""
     model.model_version = 0
-    for graph in _graphs(model.graph):
+    for graph in graphs(model.graph):
         graph.doc_string = ""
         graph.name = "main"
         del graph.value_info[:]
