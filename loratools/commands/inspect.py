@@ -22,7 +22,6 @@ from loratools.adapter import (
 )
 from loratools.commands.judging import assumptions
 from loratools.commands.listing import bundles_at, duplicates
-from loratools.commands.sources import whole_file
 from loratools.commands.trained import architecture, frequent_tags, title, trigger_words
 from loratools.containers.bundle import Bundle
 from loratools.containers.hashes import EMPTY, Hashes, civitai, same
@@ -154,7 +153,7 @@ def inspect(
             one, name = _one(bundle, given)
             file = None
             if name is not None and (hash or bundle.path is not None):
-                file = whole_file(bundle, name) if hash else bundle.open(name)
+                file = _whole(bundle, name) if hash else bundle.open(name)
             if hash and file is not None:
                 one = _hashed(one, file)
         except LoratoolsError as cause:
@@ -169,6 +168,14 @@ def inspect(
     return sorted(found, key=SORTS[sort]) if sort else found
 
 
+def _whole(bundle: Bundle, name: str) -> Source:
+    if bundle.path is not None:
+        return bundle.open(name)
+    from loratools.commands.sources import whole_file
+
+    return whole_file(bundle, name)
+
+
 def _one(bundle: Bundle, given: dict[str, str]) -> tuple[Inspection, str | None]:
     """What a bundle is, and the file that holds its tensors if it is an adapter of one file."""
     try:
@@ -176,7 +183,7 @@ def _one(bundle: Bundle, given: dict[str, str]) -> tuple[Inspection, str | None]
     except LoratoolsError as cause:
         if cause.code != "unknown_type":
             raise
-        known = any(f.detect(bundle) for f in formats.FORMATS)
+        known = formats.detected(bundle) is not None
         looks = cause.message if known else looks_like(bundle)
         return _empty(bundle.name, looks), None
     said = adapter.metadata

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loratools import formats
 from loratools.adapter import Source
-from loratools.commands.sources import at
+from loratools.commands.places import at
 from loratools.containers.bundle import Bundle
 from loratools.containers.hashes import civitai
 from loratools.errors import LoratoolsError, error, shown
@@ -16,8 +16,6 @@ from loratools.formats.looking import TRAINING, WEIGHTS
 
 DEPTH = 4  # levels of sub-folders
 MOST = 20_000  # files and folders that one answer lists
-# Formats that are written as a folder; the others' files may lie together by the hundred.
-_FOLDERS = tuple(f for f in formats.FORMATS if getattr(f, "SUFFIX", "") is None)
 _WHOLE = ("model_index.json", "genai_config.json")  # a pipeline of diffusers, a base in ONNX
 _TAIL = 4096  # bytes at the end that make two files suspect of being the same
 
@@ -40,7 +38,7 @@ def bundles_at(source: str | Path) -> list[Bundle]:
             )
         found.append(inner)
     alone = len(found) == 1 and found[0].chosen is not None
-    if not found or (alone and any(f.detect(bundle) for f in formats.FORMATS)):
+    if not found or (alone and formats.detected(bundle) is not None):
         return [bundle]
     return found
 
@@ -49,8 +47,10 @@ def _is_one(bundle: Bundle) -> bool:
     """Whether a folder is one thing: an adapter of several files, or a base."""
     if bundle.chosen is not None or any(name in bundle for name in _WHOLE):
         return True
-    form = next((f for f in formats.FORMATS if f.detect(bundle)), None)
-    if form is not None and ("adapter_config.json" in bundle or form in _FOLDERS):
+    form = formats.detected(bundle)
+    if form is not None and (
+        "adapter_config.json" in bundle or getattr(form, "SUFFIX", "") is None
+    ):
         return True
     return form is None and "config.json" in bundle and bool(_weights(bundle))
 

@@ -1,4 +1,4 @@
-"""Where a source stands, on this machine or on the Hub, and what is fetched of it."""
+"""What is fetched of a source on the Hub, and what is known of it without."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from loratools import formats, receipt
 from loratools.adapter import Adapter, Origin, Source
 from loratools.commands.companions import SMALL, TOKENIZER, is_companion
-from loratools.containers.bundle import Bundle, local
-from loratools.errors import LoratoolsError, Problem, error, shown
+from loratools.commands.places import address_of as address_of
+from loratools.commands.places import at as at
+from loratools.containers.bundle import Bundle
+from loratools.errors import LoratoolsError, error, shown
 from loratools.weights.base import Base, headers, is_hub_id
 from loratools.weights.placing import WEIGHTS
 
 if TYPE_CHECKING:
-    from loratools.hub.address import Address
+    pass
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -30,51 +32,6 @@ READ_TOO = WEIGHTS | {".json", ".jinja", ".py", ".model"}
 # A folder within a base goes with it where it is this small (as in `companions`).
 FILES = 100
 LITTLE = 1_000_000  # bytes of each file
-
-
-def at(source: str | Path) -> Bundle:
-    """What stands at a source: an existing path, else an address of the Hub.
-
-    Of the Hub nothing is fetched, headers are read as they are needed. Raises NotFoundError, which
-    says how the source was read, AccessError, NetworkError.
-    """
-    found = address_of(source)
-    if found is None:
-        try:
-            return local(source)
-        except LoratoolsError as cause:
-            raise _proposed(source, cause) from cause
-    from loratools.hub.remote import bundle
-
-    try:
-        return bundle(found)
-    except LoratoolsError as cause:
-        if "://" in str(source) or cause.code not in ("not_found", "offline", "network"):
-            raise
-        message = f"no file or folder named {shown(source)} here; on the Hub: {cause.message}"
-        told = [replace(p, message=message) for p in cause.problems[:1]]
-        raise error(cause.code, message, told) from cause
-
-
-def _proposed(source: str | Path, cause: LoratoolsError) -> LoratoolsError:
-    """The same error; with the address that was meant, where org/name/file was typed."""
-    parts = str(source).split("/")
-    if cause.code != "not_found" or len(parts) < 3 or os.path.lexists(parts[0]):
-        return cause
-    meant = f"{parts[0]}/{parts[1]}:{'/'.join(parts[2:])}"
-    if isinstance(source, Path) or address_of(meant) is None:
-        return cause
-    remedy = f"check the path; a file in a repository of the Hub is {shown(meant)}"
-    return error(cause.code, cause.message, [Problem(cause.code, cause.message, remedy=remedy)])
-
-
-def address_of(source: str | Path) -> Address | None:
-    """The address of the Hub that a source is, if no path of that name exists."""
-    if isinstance(source, Path) or os.path.lexists(source):
-        return None
-    from loratools.hub.address import address
-
-    return address(source)
 
 
 @contextmanager
