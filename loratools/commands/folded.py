@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,25 +120,35 @@ def fold(
             files=files,
             hash=hash,
             name=f"{out.name}.{receipt.NAME}" if as_file else receipt.NAME,
-            coverage={
-                "matched": list(plan.matched),
-                "total": list(plan.total),
-                "prefixes": [str(p) for p in plan.prefixes if p],
-            },
-            waived=[as_json(p) for p in judged.waived],
-            targets={n: entry(t) for n, t in sorted(tallies.items())},
+            **accounted(plan, judged, tallies),
         )
-    result.update_kept = pooled(tallies.values())
-    result.truncation_error = truncation(tallies)
     by_target = {n: t for n in plan.targets if (t := tallies.get(plan.output_name(n)))}
-    result.groups = groups(plan, by_target, sample.tallies)
+    finished(result, tallies, groups(plan, by_target, sample.tallies))
     result.continued = streamed.continued
     result.weaker = output.weaker
-    if lost(result.update_kept, KEPT):
-        said = any(p.code == "loss" for p in result.problems)
-        if not said:
-            result.problems += (Problem("loss", survives(result.update_kept), "warning"),)
     return result
+
+
+def accounted(plan: Plan, judged: Judged, tallies: Mapping[str, Tally]) -> dict[str, Any]:
+    """What a fold's receipt says of coverage, waivers and touched weights."""
+    return {
+        "coverage": {
+            "matched": list(plan.matched),
+            "total": list(plan.total),
+            "prefixes": [str(p) for p in plan.prefixes if p],
+        },
+        "waived": [as_json(p) for p in judged.waived],
+        "targets": {n: entry(t) for n, t in sorted(tallies.items())},
+    }
+
+
+def finished(result: MergeResult, tallies: dict[str, Tally], table: list[dict[str, Any]]) -> None:
+    """Put what was measured while writing in the place of what the sample told."""
+    result.update_kept = pooled(tallies.values())
+    result.truncation_error = truncation(tallies)
+    result.groups = table
+    if lost(result.update_kept, KEPT) and not any(p.code == "loss" for p in result.problems):
+        result.problems += (Problem("loss", survives(result.update_kept), "warning"),)
 
 
 def announced(

@@ -13,10 +13,9 @@ from loratools import receipt
 from loratools._version import VERSION
 from loratools.adapter import LowRank
 from loratools.commands.companions import TOKENIZER, Companions, plan_companions
-from loratools.commands.inspect import as_json
 from loratools.commands.judging import judge, known
 from loratools.commands.merge import MergeResult, Progress
-from loratools.commands.numbers import KEPT, lost, pooled, sampled, survives
+from loratools.commands.numbers import sampled
 from loratools.containers import onnx_graph
 from loratools.containers.bundle import local
 from loratools.errors import Problem, error, shown
@@ -50,7 +49,7 @@ def fold_graph(
     progress: Progress | None,
 ) -> MergeResult:
     """Fold a plan into its graph at `out`; all or nothing, every check before the first byte."""
-    from loratools.commands.folded import announced, entry, groups, truncation
+    from loratools.commands.folded import accounted, announced, finished, groups
 
     base = plan.base.graph
     assert base is not None
@@ -112,22 +111,12 @@ def fold_graph(
             files=files,
             hash=hash,
             name=f"{out.name}.{receipt.NAME}" if as_file else receipt.NAME,
-            coverage={
-                "matched": list(plan.matched),
-                "total": list(plan.total),
-                "prefixes": [str(p) for p in plan.prefixes if p],
-            },
-            waived=[as_json(p) for p in judged.waived],
-            targets={n: entry(t) for n, t in sorted(tallies.items())},
+            **accounted(plan, judged, tallies),
             graph={"split": list(layout.split), "unchanged": unchanged},
         )
-    result.update_kept = pooled(tallies.values())
-    result.truncation_error = truncation(tallies)
-    result.groups = groups(plan, dict(tallies), sample.tallies)
+    finished(result, dict(tallies), groups(plan, dict(tallies), sample.tallies))
     result.notes += tuple(_kept(plan, tallies))
     result.weaker = output.weaker
-    if lost(result.update_kept, KEPT) and not any(p.code == "loss" for p in result.problems):
-        result.problems += (Problem("loss", survives(result.update_kept), "warning"),)
     return result
 
 
