@@ -11,7 +11,7 @@ export LORATOOLS_ORACLES ?= $(HOME)/.cache/loratools/oracles
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml tests/constraints.txt
+$(INSTALLED): pyproject.toml tests/constraints.txt loratools/kernels/fold.c loratools/kernels/building.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[dev,demo]'
 	touch $@

@@ -1,4 +1,4 @@
-"""The one loop that carries out a plan over base weights; the only place that chooses devices.
+"""The one loop that carries out a plan over base weights.
 
 Each target is read once and written once, in tiles of whole rows on a fixed grid, computed in
 float64 and rounded once. Threads take targets; what a tile's bytes are never depends on them.
@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loratools.adapter import Experts, Kind, Leaf, LowRank
+from loratools import kernels
+from loratools.adapter import DTYPE_BITS, Experts, Kind, Leaf, LowRank
 from loratools.algebra import (
     block,
     combine,
     condense,
+    factors,
     grown,
     held,
     map_leaves,
     matrix,
     prepare,
 )
+from loratools.desk import Desk, one_thread
 from loratools.errors import error, shown
-from loratools.narrowing import narrow, not_finite
-from loratools.plan import Plan, Target
+from loratools.exact import LowRankSum, TileSum
+from loratools.narrowing import narrow, not_finite, settle
+from loratools.plan import Target
 from loratools.rewriting import as_stored
 from loratools.stored import Rows as Rows
 from loratools.stored import extents as extents
@@ -41,10 +45,9 @@ from loratools.truncating import truncate, truncate_stack
 TILE = 1 << 19
 # Of a large tensor every so many rows are measured for `update_kept`: looking at all of them would
 # take a third of a fold's time.
-COUNTED = 16
+COUNTED = 64
 SMALL = 1 << 16  # elements of a tensor all of whose rows are measured
 DEVICE_TILE = 1 << 24  # a GPU wants work in larger portions
-ARITHMETIC_BOUND = 256  # total rank above which a GPU gains more than the bus costs
 
 Emit = Callable[[int, Tensor], None]  # (start, rows in the output dtype, on the CPU)
 
@@ -78,94 +81,6 @@ class Tally:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(slots=True)
-class Desk:
-    """What one thread works on: its device and its reused buffers."""
-
-    device: torch.device
-    buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
-    stream: torch.cuda.Stream | None = None
-
-    def room(self, use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A buffer of the shape of `like`; it is the same memory at every call."""
-        flat = self.buffers.get((use, dtype))
-        if flat is None or flat.numel() < like.numel():
-            flat = torch.empty(like.numel(), dtype=dtype, device=self.device)
-            self.buffers[use, dtype] = flat
-        return flat[: like.numel()].view(like.shape)
-
-    def home(self, tensor: Tensor) -> Tensor:
-        """The tensor on the CPU; from a GPU through pinned memory that the next call reuses."""
-        if self.device.type == "cpu":
-            return tensor
-        key = ("home", tensor.dtype)
-        host = self.buffers.get(key)
-        if host is None or host.numel() < tensor.numel():
-            host = torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=True)
-            self.buffers[key] = host
-        there = host[: tensor.numel()].view(tensor.shape)
-        there.copy_(tensor, non_blocking=True)
-        self.wait()
-        return there
-
-    def wait(self) -> None:
-        """Returns when a GPU has done what it was given so far."""
-        if self.device.type != "cpu":
-            torch.cuda.current_stream(self.device).synchronize()
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Without autograd, and on a GPU in a stream of this desk, so that threads overlap."""
-        with torch.inference_mode():
-            if self.device.type == "cpu":
-                yield
-                return
-            if self.stream is None:
-                self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(self.stream):
-                yield
-
-
-def choose_device(name: str, plan: Plan) -> torch.device:
-    """The device for `--device auto|cpu|cuda[:N]`.
-
-    A low-rank fold moves 4 bytes for every 2·rank flops: below a total rank of some hundreds the
-    disk or the bus bounds it, and `auto` stays on the CPU.
-    """
-    if name == "auto":
-        ranks = [sum(_rank(t.delta) for t in target.terms) for target in plan.targets.values()]
-        heavy = max(ranks, default=0) >= ARITHMETIC_BOUND
-        return torch.device("cuda" if heavy and torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise error("usage", f"--device {shown(name)}: expected auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise error("usage", f"--device {shown(name)}: float64 sums need cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise error("usage", f"--device {shown(name)}: this machine has no usable CUDA device")
-    return device
-
-
-def _rank(delta: Kind) -> int:
-    return delta.rank if isinstance(delta, LowRank) else 0
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One BLAS thread for each of ours: more of them fight over the same cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(before)
-        torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 def tiles(
@@ -213,7 +128,12 @@ def fold_target(
             yield start, wide(start, stop)
             desk.wait()  # the next read goes into the same pinned memory
 
-    terms = _ready(target, first_pass, desk.device, cut, tally)
+    moved = _weighted(target, desk.device)
+    in_any_order = cut is None and only_rows is None  # a truncation's factors are not
+    exact = LowRankSum.of(moved, (height, width)) if in_any_order else None
+    terms = _ready(moved, first_pass, cut, tally)
+    in_c = exact is not None and desk.device.type == "cpu" and kernels.available()
+    low = _for_kernels(terms) if in_c else None
     together = [block(d) for _, d in terms]
     grid = tiles(height, width, known, desk.device, 0 if 0 in together else math.lcm(*together))
     sample = only_rows is not None
@@ -236,18 +156,57 @@ def fold_target(
             emit(start, desk.home(out))
             tally.elements += w.numel()
             continue
-        w0 = wide(start, stop)
+        again = partial(wide, start, stop, "again")
+        sums = TileSum(exact, start, again) if exact is not None else None
         counted = slice(-start % step, None, step)
-        before = w0[counted].clone()
-        w = combine(terms, w0, start, w0)
-        out = narrow(w if unit == 1 else w / unit, dtype, desk.room)
+        done = None
+        if low is not None and rows is not None and sums is not None:
+            done = _at_once(desk, sums, low, rows(start, stop), dtype, counted)
+        if done is not None:
+            out, before, d = done
+        else:
+            w0 = wide(start, stop)
+            before = w0[counted].clone()
+            w = combine(terms, w0, start, w0)
+            out = narrow(w if unit == 1 else w / unit, dtype, desk.room, sums)
+            d = w[counted] - before
+            if not _is_finite(out):
+                w0 = again()
+                _explain(target, {"base": w0, "update": w - w0}, out)
         tally.elements += out.numel()
-        _count(tally, before, w[counted], out[counted], unit, sample=sample)
-        if not _is_finite(out):
-            w0 = wide(start, stop, "again")
-            _explain(target, {"base": w0, "update": w - w0}, out)
+        _count(tally, before, d, out[counted], unit, sample=sample)
         emit(start, desk.home(out))
     return tally
+
+
+def _for_kernels(terms: Sequence[tuple[float, Kind]]) -> tuple[Tensor, Tensor]:
+    """B and A of terms that are one low-rank product, their rank made a multiple of 4."""
+    [(_, low)] = terms
+    assert isinstance(low, LowRank)
+    b, a = factors(low)
+    more = -len(a) % 4
+    return torch.nn.functional.pad(b, (0, more)), torch.nn.functional.pad(a, (0, 0, 0, more))
+
+
+def _at_once(
+    desk: Desk,
+    sums: TileSum,
+    low: tuple[Tensor, Tensor],
+    raw: Tensor,
+    dtype: torch.dtype,
+    counted: slice,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """W of a tile by compiled kernels, and of its counted rows W0 and ΔW.
+
+    None where the kernels do not serve.
+    """
+    b, a = low[0][sums.start : sums.start + len(raw)], low[1]
+    out = desk.room("out", raw, dtype)
+    found = kernels.fold(raw, b, a, out, sums)
+    if found is None:
+        return None
+    settle(sums, out, *found)
+    return out, raw[counted].to(torch.float64), b[counted] @ a
 
 
 def _peak(
@@ -273,18 +232,37 @@ def _around(rows: Sequence[int], together: Sequence[int], height: int) -> list[t
     return [(start, min(start + size, height)) for start in starts]
 
 
+def exactly_rounded(target: Target) -> bool:
+    """Whether a fold without truncation writes the exact sum, rounded: in any order the same."""
+    leaf = target.base
+    return (
+        leaf is not None
+        and DTYPE_BITS[leaf.dtype] in (16, 32)
+        and all(isinstance(t.delta, LowRank) for t in target.terms)
+    )
+
+
+def _weighted(target: Target, device: torch.device) -> list[tuple[float, Kind]]:
+    """A target's weighted terms in stored orientation, on the device."""
+    return [
+        (
+            term.weight,
+            map_leaves(
+                as_stored(term.delta) if term.place.transposed else term.delta,
+                lambda leaf: _moved(leaf, device),
+            ),
+        )
+        for term in target.terms
+    ]
+
+
 def _ready(
-    target: Target,
+    weighted: list[tuple[float, Kind]],
     first_pass: Callable[[], Iterator[tuple[int, Tensor]]],
-    device: torch.device,
     cut: Cut | None,
     tally: Tally,
 ) -> list[tuple[float, Kind]]:
-    """A target's terms in stored orientation, on the device, in float64, as few as can be."""
-    weighted: list[tuple[float, Kind]] = []
-    for term in target.terms:
-        delta = as_stored(term.delta) if term.place.transposed else term.delta
-        weighted.append((term.weight, map_leaves(delta, lambda leaf: _moved(leaf, device))))
+    """Terms in float64, as few as can be."""
     weighted = condense(weighted)
     if cut is not None:
         weighted = [(w, _cut(d, cut, tally)) for w, d in weighted]
@@ -310,14 +288,13 @@ def _cut(delta: Kind, cut: Cut, tally: Tally) -> Kind:
 
 
 def _count(
-    tally: Tally, before: Tensor, w: Tensor, out: Tensor, unit: float, *, sample: bool
+    tally: Tally, before: Tensor, change: Tensor, out: Tensor, unit: float, *, sample: bool
 ) -> None:
-    d = (w - before).view(-1)
-    changed = (out.to(before.dtype) * unit - before).view(-1)
+    d, flat = change.reshape(-1), before.reshape(-1)
+    changed = out.reshape(-1).to(flat.dtype) * unit - flat
     tally.kept += float(torch.dot(changed, d))
     tally.update += float(torch.dot(d, d))
     if sample:
-        flat = before.view(-1)
         tally.base += float(torch.dot(flat, flat))
         tally.along += float(torch.dot(flat, d))
 

@@ -18,28 +18,18 @@ from torch import Tensor
 
 from loratools.adapter import DTYPE_BITS, Leaf, Source
 from loratools.containers.local import LocalFile
-from loratools.errors import LoratoolsError, error, shown
-from loratools.folding import (
-    Cut,
-    Desk,
-    Rows,
-    Tally,
-    extents,
-    fold_target,
-    leaf_rows,
-    one_thread,
-    torch_dtype,
-)
+from loratools.desk import Desk, one_thread
+from loratools.errors import error, shown
+from loratools.folding import Cut, Rows, Tally, extents, fold_target, leaf_rows, torch_dtype
 from loratools.narrowing import narrow, not_finite
 from loratools.plan import Target
 from loratools.stored import stored_scale
 from loratools.weights import disk
 from loratools.weights.layout import OutputShard, Piece, runs
 from loratools.weights.publishing import Output
+from loratools.weights.spool import WRITEBACK, Spool, SpooledFile, Writer
 
 COPY = 64 << 20  # bytes of untouched weights that one task copies
-WRITEBACK = 8 << 20  # bytes after which the disk may begin: the sync at the end is short then
-
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -59,7 +49,7 @@ class _Open:
     shard: OutputShard
     path: Path
     left: int
-    fd: int = -1
+    file: SpooledFile | None = None
     inputs: dict[int, int] = field(default_factory=dict)  # by id of the source
     tallies: dict[str, Tally] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,14 +57,16 @@ class _Open:
     def begin(self, run: _Run) -> None:
         """Makes the file, with its header and room for the rest, unless another task has."""
         with self.lock:
-            if self.fd >= 0:
+            if self.file is not None:
                 return
-            with disk.reported(self.path, self.shard.size):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-            disk.reserve(self.fd, self.shard.size)
-            disk.write_from(self.fd, memoryview(self.shard.header), 0)
+            self.file = SpooledFile(run.spool, self.path, self.shard.size)
+            disk.write_from(self.file.fd, memoryview(self.shard.header), 0)
         run.advance(len(self.shard.header))
+
+    @property
+    def fd(self) -> int:
+        assert self.file is not None
+        return self.file.fd
 
     def input(self, run: _Run, source: Source | None) -> int | None:
         """A descriptor for a local file; None for sources that only read themselves."""
@@ -88,11 +80,16 @@ class _Open:
             return self.inputs[id(source)]
 
     def close(self) -> None:
-        fds = [*self.inputs.values(), *([self.fd] if self.fd >= 0 else [])]
-        self.inputs, self.fd = {}, -1
-        for fd in fds:
-            with disk.reported(self.path):
-                os.close(fd)
+        """Close it when the system has its bytes."""
+        fds, self.inputs = self.inputs, {}
+        for fd in fds.values():
+            os.close(fd)
+        file, self.file = self.file, None
+        if file is not None:
+            try:
+                file.wait()
+            finally:
+                file.close()
 
 
 @dataclass(slots=True)
@@ -120,8 +117,10 @@ def stream(
     or rounded where the output's dtype is another. Raises StorageError, `overflow`, `nonfinite`.
     """
     total = sum(s.size for s in shards)
-    run = _Run(targets, cut, device or torch.device("cpu"), total, progress)
-    pool = ThreadPoolExecutor(threads or default_threads(), "fold")
+    threads = threads or default_threads()
+    spool = Spool(total, threads)
+    run = _Run(targets, cut, device or torch.device("cpu"), total, progress, spool)
+    pool = ThreadPoolExecutor(threads, "fold")
     flusher = ThreadPoolExecutor(1, "sync")
     continued = []
     try:
@@ -147,7 +146,10 @@ def stream(
         flusher.shutdown()
         raise
     finally:
-        run.close()
+        try:
+            run.close()
+        finally:
+            spool.close()
     return Streamed(run.tallies, total, tuple(continued))
 
 
@@ -199,8 +201,9 @@ class _Run:
         device: torch.device,
         total: int,
         progress: Progress | None,
+        spool: Spool,
     ) -> None:
-        self.targets, self.cut, self.device = targets, cut, device
+        self.targets, self.cut, self.device, self.spool = targets, cut, device, spool
         self.total, self.progress = total, progress
         self.done = 0
         self.read: set[LocalFile] = set()
@@ -224,6 +227,10 @@ class _Run:
         if self.progress:
             self.progress(done, self.total)
 
+    def require_going(self) -> None:
+        if self.stopped.is_set():
+            raise error("storage", "another thread failed; this one stopped")
+
     def take_over(self, shard: OutputShard, record: str) -> None:
         for name, tally in json.loads(record).items():
             self.tallies[name] = Tally(**tally)
@@ -237,7 +244,7 @@ class _Run:
 
     def close(self) -> None:
         for one in self.open:
-            with suppress(LoratoolsError):  # after a failure, which is the one to tell
+            with suppress(Exception):  # after a failure, which is the one to tell
                 one.close()
 
 
@@ -346,32 +353,41 @@ def _reader(run: _Run, one: _Open, leaf: Leaf) -> Callable[[int, int], Tensor] |
 def _fold(run: _Run, one: _Open, piece: Piece, scale: Piece | None) -> None:
     """Fold one weight; the scale that it is stored with is written after it, new where it must."""
     target = run.targets[piece.name]
-    hashed, written = hashlib.sha256(), _Writer(run, one, piece)
-
-    def emit(_start: int, tile: Tensor) -> None:
-        raw = _bytes(tile)
-        hashed.update(raw)
-        written(raw)
-
-    leaf = target.base
+    leaf, hashed = target.base, hashlib.sha256()
     rows = None if leaf is None else leaf_rows(leaf, _reader(run, one, leaf))
-    tally = fold_target(
-        target, rows, emit, dtype=torch_dtype(piece.dtype), desk=run.desk(), cut=run.cut
-    )
+    with _writer(run, one, piece) as written:
+
+        def emit(_start: int, tile: Tensor) -> None:
+            run.require_going()
+            raw = _bytes(tile)
+            hashed.update(raw)
+            written(raw)
+
+        tally = fold_target(
+            target, rows, emit, dtype=torch_dtype(piece.dtype), desk=run.desk(), cut=run.cut
+        )
     tally.digest = hashed.hexdigest()
     one.tallies[piece.name] = tally
     if scale is not None:
         assert leaf is not None
         raw = stored_scale(leaf, tally.scale)
-        _Writer(run, one, scale)(memoryview(raw))
+        with _writer(run, one, scale) as written:
+            written(memoryview(raw))
         one.tallies[scale.name] = Tally(digest=hashlib.sha256(raw).hexdigest())
+
+
+def _writer(run: _Run, one: _Open, piece: Piece) -> Writer:
+    assert one.file is not None
+    return Writer(one.file, piece.offset, piece.nbytes, run.advance)
 
 
 def _convert(run: _Run, one: _Open, piece: Piece) -> None:
     assert piece.base is not None
-    written = _Writer(run, one, piece)
-    for tile in _rounded(piece, leaf_rows(piece.base, _reader(run, one, piece.base))):
-        written(_bytes(tile))
+    rows = leaf_rows(piece.base, _reader(run, one, piece.base))
+    with _writer(run, one, piece) as written:
+        for tile in _rounded(piece, rows):
+            run.require_going()
+            written(_bytes(tile))
 
 
 def _rounded(piece: Piece, rows: Rows) -> Iterator[Tensor]:
@@ -395,22 +411,3 @@ def _rounded(piece: Piece, rows: Rows) -> Iterator[Tensor]:
 def _bytes(tensor: Tensor) -> memoryview:
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
-
-
-class _Writer:
-    """Writes one tensor's bytes in order, and lets the disk begin now and then."""
-
-    def __init__(self, run: _Run, one: _Open, piece: Piece) -> None:
-        self.run, self.fd = run, one.fd
-        self.at = self.begun = piece.offset
-        self.end = piece.offset + piece.nbytes
-
-    def __call__(self, raw: memoryview) -> None:
-        if self.run.stopped.is_set():
-            raise error("storage", "another thread failed; this one stopped")
-        disk.write_from(self.fd, raw, self.at)
-        self.at += len(raw)
-        if self.at - self.begun >= WRITEBACK or self.at == self.end:
-            disk.start_writeback(self.fd, self.begun, self.at - self.begun)
-            self.run.advance(self.at - self.begun)
-            self.begun = self.at

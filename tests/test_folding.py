@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools import folding
+from loratools import desk, folding
 from loratools.adapter import Dense, Leaf, LowRank, Renormed, Replace
 from loratools.folding import Cut, fold_sample, fold_target, fold_tensor, leaf_rows, sample_rows
 from tests.examples_of_deltas import (
@@ -441,5 +441,5 @@ def test_arguments_are_not_changed():
 
 @pytest.mark.parametrize("name", ["tpu", "mps", "cuda:x", "meta", ""])
 def test_a_device_that_cannot_be_used_is_a_usage_error(name):
-    message = refused("usage", folding.choose_device, name, None)
+    message = refused("usage", desk.choose_device, name, None)
     assert name in message

@@ -16,21 +16,25 @@ LINES = 420
 
 # What each room may import; nobody imports upwards, and a new room gets a row here.
 MATHS = {"errors", "adapter", "views", "narrowing", "kinds", "algebra", "rewriting", "truncating"}
+LOOP = {"stored", "exact", "kernels", "desk", "folding", "streaming"}
 FILING = {"_version", "errors", "adapter", "containers", "weights", "names", "receipt"}
 BINDING = {
     "errors", "adapter", "kinds", "names", "weights", "plan", "vocabulary", "experts", "fitting",
     "sizing",
 }  # fmt: skip
 MAKING = MATHS | FILING | BINDING | {"translating", "merging", "bind"}
-MAKING |= {"stored", "folding", "streaming"}
+MAKING |= LOOP
 ROOMS: dict[str, set[str]] = {
     "_version": set(),
     "codes": set(),
     "errors": {"codes"},
     "adapter": {"errors"},
-    "narrowing": {"errors", "adapter"},
+    "exact": {"errors", "adapter", "algebra"},
+    "narrowing": {"errors", "adapter", "exact"},
+    "kernels": {"exact"},
+    "desk": {"errors", "adapter", "plan"},
     "kinds": {"errors", "adapter", "views"},
-    "algebra": {"errors", "adapter", "kinds", "rewriting", "narrowing"},
+    "algebra": {"errors", "adapter", "kinds", "rewriting"},
     "rewriting": {"errors", "adapter", "kinds", "views"},
     "truncating": {"errors", "adapter", "kinds", "algebra"},
     "merging": MATHS,
@@ -51,9 +55,9 @@ ROOMS: dict[str, set[str]] = {
     "receipt": {"_version", "errors", "adapter", "containers", "weights"},
     "recipe": {"errors", "adapter", "containers", "receipt"},
     "stored": {"errors", "adapter", "algebra"},
-    "folding": MATHS | {"stored", "plan", "containers", "weights"},
-    "streaming": MATHS | {"stored", "plan", "containers", "weights", "folding"},
-    "exporting": MATHS | FILING | {"bind", "plan", "stored", "folding", "streaming"},
+    "folding": MATHS | {"stored", "exact", "kernels", "desk", "plan", "containers", "weights"},
+    "streaming": (MATHS | LOOP) - {"streaming"} | {"plan", "containers", "weights"},
+    "exporting": MATHS | FILING | LOOP | {"bind", "plan"},
     "proving": MAKING | {"exporting"},
     "comparing": MAKING,
     "report": {"errors", "adapter", "comparing"},
@@ -79,9 +83,9 @@ ONLY_IN = {
 }
 # Rooms and files that do maths and may import torch at once; the others import them when needed.
 MATHEMATICAL = set(
-    "algebra narrowing truncating merging stored folding streaming proving "
+    "algebra exact narrowing truncating merging stored desk kernels folding streaming proving "
     "exporting commands/numbers.py commands/folded.py commands/graph_fold.py commands/replayed.py "
-    "commands/again.py weights/requantising.py".split()
+    "commands/again.py weights/requantising.py weights/spool.py".split()
 )
 NO_TORCH = {
     "errors",

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loratools.folding import Desk
+from loratools.desk import Desk
 from loratools.narrowing import narrow
 from tests.floats import FORMATS, Format, exact, patterns
 

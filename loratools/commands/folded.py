@@ -16,8 +16,9 @@ from loratools.commands.inspect import as_json, human, pair
 from loratools.commands.judging import Judged, judge, known
 from loratools.commands.merge import MergeResult, Progress
 from loratools.commands.numbers import KEPT, Sampled, lost, pooled, sampled, survives
+from loratools.desk import choose_device
 from loratools.errors import Problem, error, shown
-from loratools.folding import Cut, Tally, choose_device
+from loratools.folding import Cut, Tally
 from loratools.plan import Plan
 from loratools.streaming import is_whole, stream
 from loratools.weights.layout import OutputShard, index_files, plan_shards

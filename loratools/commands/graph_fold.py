@@ -18,11 +18,12 @@ from loratools.commands.merge import MergeResult, Progress
 from loratools.commands.numbers import sampled
 from loratools.containers import onnx_graph
 from loratools.containers.bundle import local
+from loratools.desk import choose_device
 from loratools.errors import Problem, error, shown
-from loratools.exporting.graph_writing import write_graph
+from loratools.exporting.graph_writing import as_stored, write_graph
 from loratools.exporting.into_graph import Layout, laid_out
 from loratools.exporting.requantised import source_of
-from loratools.folding import Cut, Tally, choose_device
+from loratools.folding import Cut, Tally
 from loratools.plan import Plan
 from loratools.views import same
 from loratools.weights.placing import resolved
@@ -121,10 +122,7 @@ def fold_graph(
 
 
 def _rows_as_stored(plan: Plan) -> Plan:
-    """The plan with low-rank updates turned as their weights are stored, whose rows lie together.
-
-    For a sample alone: what is written is computed in (out, in) rows, as any other fold is.
-    """
+    """The plan with low-rank updates turned as their weights are stored, for a sample."""
     graph = plan.base.graph
     assert graph is not None
     targets = dict(plan.targets)
@@ -133,14 +131,8 @@ def _rows_as_stored(plan: Plan) -> Plan:
         plain = all(isinstance(t.delta, LowRank) for t in target.terms)
         if stored is None or not stored.turned or not plain or not target.terms:
             continue
-        if source_of(target) is not None:
-            continue
-        terms = tuple(
-            replace(t, place=replace(t.place, transposed=not t.place.transposed))
-            for t in target.terms
-        )
-        shape = stored.tensor.shape
-        targets[name] = replace(target, shape=shape, base=stored.tensor.leaf, terms=terms)
+        if source_of(target) is None:
+            targets[name] = as_stored(target)
     return replace(plan, targets=targets)
 
 

@@ -296,7 +296,7 @@ def merge_adapters(
     Raises FitError `needs_base` where the sum depends on W0.
     """
     from loratools.commands.judging import Choice
-    from loratools.folding import one_thread
+    from loratools.desk import one_thread
     from loratools.merging import METHODS
 
     if runtimes.is_runtime(adapters):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from loratools.adapter import FLOATS, Adapter, Experts, Leaf, LowRank, leaves
+from loratools.desk import one_thread
 from loratools.errors import Problem, Severity, shown
 from loratools.exporting.requantised import sample_codes, source_of
-from loratools.folding import Cut, Tally, fold_sample, one_thread, torch_dtype
+from loratools.folding import Cut, Tally, fold_sample, torch_dtype
 from loratools.narrowing import not_finite
 from loratools.plan import Plan
 from loratools.runtime import distinct

@@ -1,7 +1,8 @@
 """A graph's files written with folded weights: the rest copied, every weight computed once.
 
-A weight stored (in, out) is read once, folded in tiles of (out, in) rows as any other, and each
-tile put back where it came from; so one buffer of its size is all the memory that it needs.
+Weights stored (in, out) are folded in their own rows where the sum is rounded exactly, so that no
+order of adding shows. Others are read once, folded in tiles of (out, in) rows as in any other base,
+and each tile is put back where it came from, in one buffer of the weight's size.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from torch import Tensor
 
 from loratools.adapter import Source
 from loratools.containers.local import LocalFile
-from loratools.errors import LoratoolsError, error
+from loratools.desk import Desk, one_thread
+from loratools.errors import error
 from loratools.exporting.into_graph import Layout, Patch
 from loratools.exporting.requantised import HELD, fold_codes, source_of
-from loratools.folding import Cut, Desk, Tally, extents, fold_target, one_thread, torch_dtype
-from loratools.plan import Plan
-from loratools.streaming import COPY, WRITEBACK, Progress, default_threads
+from loratools.folding import Cut, Tally, exactly_rounded, extents, fold_target, torch_dtype
+from loratools.plan import Plan, Target
+from loratools.streaming import COPY, Progress, default_threads
 from loratools.weights import disk
+from loratools.weights.spool import WRITEBACK, Spool, SpooledFile, Writer
 
 NEAR = 1 << 20  # bytes that are hashed and written while they are in the caches of a core
 AT_ONCE = 2  # of the largest weights are held at a time, however many threads there are
@@ -77,7 +80,7 @@ class _File:
     """One file of the output and the one of the base that it comes from."""
 
     source: Source
-    fd: int
+    out: SpooledFile
     input: int | None
 
 
@@ -116,6 +119,8 @@ def write_graph(
     tallies: dict[str, Tally] = {}
     stopped = threading.Event()
     files: dict[str | None, _File] = {}
+    threads = threads or default_threads()
+    spool = Spool(total, threads)
 
     def work(task: Callable[[Desk], int]) -> None:
         if stopped.is_set():
@@ -128,13 +133,13 @@ def write_graph(
     try:
         for name, source in sources.items():
             path = place if name is None else place.parent / name
-            files[name] = _opened(source, path, layout.sizes[name])
+            files[name] = _opened(spool, source, path, layout.sizes[name])
         tasks = [
             (some[0].nbytes, _folding(some, files, cut, gate, tallies))
             for some in sorted(_by_target(layout.patches), key=lambda some: -_held(some))
         ]
         tasks += [(length, t) for name in files for length, t in _copies(layout, name, files[name])]
-        with one_thread(), ThreadPoolExecutor(threads or default_threads(), "graph") as pool:
+        with one_thread(), ThreadPoolExecutor(threads, "graph") as pool:
             pending = [pool.submit(work, task) for _, task in tasks]
             try:
                 for future in pending:
@@ -142,15 +147,17 @@ def write_graph(
             except BaseException:
                 stopped.set()
                 raise
+        for one in files.values():
+            one.out.wait()
         for source in sources.values():
             if isinstance(source, LocalFile):
                 _require_unchanged(source)
     finally:
+        spool.close()
         for one in files.values():
-            with suppress(OSError):
-                os.close(one.fd)
-                if one.input is not None:
-                    os.close(one.input)
+            one.out.close()
+            if one.input is not None:
+                os.close(one.input)
     return tallies
 
 
@@ -159,17 +166,14 @@ def _require_unchanged(source: LocalFile) -> None:
         raise error("input_changed", f"{source.name} was changed while it was read")
 
 
-def _opened(source: Source, path: Path, size: int) -> _File:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with disk.reported(path, size):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+def _opened(spool: Spool, source: Source, path: Path, size: int) -> _File:
+    out = SpooledFile(spool, path, size)
     try:
-        disk.reserve(fd, size)
         given = os.open(source.path, os.O_RDONLY) if isinstance(source, LocalFile) else None
-    except (OSError, LoratoolsError):
-        os.close(fd)
+    except OSError:
+        out.close()
         raise
-    return _File(source, fd, given)
+    return _File(source, out, given)
 
 
 def _copies(
@@ -200,7 +204,7 @@ def _copies(
 
 def _placing(file: _File, content: memoryview, at: int) -> Callable[[Desk], int]:
     def task(_: Desk) -> int:
-        disk.write_from(file.fd, content, at)
+        disk.write_from(file.out.fd, content, at)
         return len(content)
 
     return task
@@ -209,10 +213,10 @@ def _placing(file: _File, content: memoryview, at: int) -> Callable[[Desk], int]
 def _copying(file: _File, start: int, to: int, length: int) -> Callable[[Desk], int]:
     def task(_: Desk) -> int:
         if file.input is None:
-            disk.write_from(file.fd, memoryview(file.source.read(start, length)), to)
+            disk.write_from(file.out.fd, memoryview(file.source.read(start, length)), to)
         else:
-            disk.copy_range(file.input, file.fd, start, to, length)
-        disk.start_writeback(file.fd, to, length)
+            disk.copy_range(file.input, file.out.fd, start, to, length)
+        disk.start_writeback(file.out.fd, to, length)
         return length
 
     return task
@@ -258,16 +262,15 @@ def _folded_codes(
     weight, tally = fold_codes(patches[0].target, desk=desk, cut=cut)
     written = weight.written()
     for patch in patches:
-        out = files[patch.file].fd
-        disk.write_from(out, memoryview(written[patch.part]), patch.offset)
-        disk.start_writeback(out, patch.offset, patch.nbytes)
+        with Writer(files[patch.file].out, patch.offset, patch.nbytes) as write:
+            write(memoryview(written[patch.part]))
     return tally
 
 
 def _folded(
     patch: Patch, files: dict[str | None, _File], cut: Cut | None, desk: Desk, gate: _Gate
 ) -> Tally:
-    target, leaf = patch.target, patch.target.base
+    leaf = patch.target.base
     assert leaf is not None
     given = next((f.input for f in files.values() if f.source is leaf.source), None)
 
@@ -278,11 +281,44 @@ def _folded(
             assert leaf.source is not None
             view[:] = leaf.source.read(leaf.offset + at, len(view))
 
-    written = _Written(files[patch.file].fd, patch)
-    if patch.turned:
-        return _folded_whole(patch, read, written, cut, desk, gate)
+    hashed = hashlib.sha256()
+    with Writer(files[patch.file].out, patch.offset, patch.nbytes) as write:
+
+        def written(raw: memoryview) -> None:
+            hashed.update(raw)
+            write(raw)
+
+        if patch.turned and not (cut is None and exactly_rounded(patch.target)):
+            tally = _folded_whole(patch, read, written, cut, desk, gate)
+        else:
+            target = as_stored(patch.target) if patch.turned else patch.target
+            tally = _folded_rows(target, read, written, cut, desk)
+    tally.digest = hashed.hexdigest()
+    return tally
+
+
+def as_stored(target: Target) -> Target:
+    """A target upon a weight stored (in, out), turned as it is: its rows lie together."""
+    leaf = target.base
+    assert leaf is not None
+    terms = tuple(
+        replace(t, place=replace(t.place, transposed=not t.place.transposed)) for t in target.terms
+    )
+    turned = replace(leaf, shape=leaf.shape[::-1], strides=None)
+    return replace(target, shape=target.shape[::-1], base=turned, terms=terms)
+
+
+def _folded_rows(
+    target: Target,
+    read: Callable[[memoryview, int], None],
+    written: Callable[[memoryview], None],
+    cut: Cut | None,
+    desk: Desk,
+) -> Tally:
+    leaf = target.base
+    assert leaf is not None
     dtype = torch_dtype(leaf.dtype)
-    height, width = extents(target.shape)
+    _, width = extents(target.shape)
     row = width * dtype.itemsize
 
     def rows(start: int, stop: int) -> Tensor:
@@ -293,10 +329,7 @@ def _folded(
     def emit(_: int, tile: Tensor) -> None:
         written(_bytes(tile.reshape(-1).view(torch.uint8)))
 
-    assert height * row == patch.nbytes
-    tally = fold_target(target, rows, emit, dtype=dtype, desk=desk, cut=cut)
-    tally.digest = written.done()
-    return tally
+    return fold_target(target, rows, emit, dtype=dtype, desk=desk, cut=cut)
 
 
 def _room(desk: Desk, nbytes: int) -> Tensor:
@@ -311,7 +344,7 @@ def _room(desk: Desk, nbytes: int) -> Tensor:
 def _folded_whole(
     patch: Patch,
     read: Callable[[memoryview, int], None],
-    written: _Written,
+    written: Callable[[memoryview], None],
     cut: Cut | None,
     desk: Desk,
     gate: _Gate,
@@ -342,28 +375,7 @@ def _folded_whole(
         tally = fold_target(target, rows, emit, dtype=dtype, desk=desk, cut=cut)
         for at in range(0, len(view), NEAR):
             written(view[at : at + NEAR])
-    tally.digest = written.done()
     return tally
-
-
-class _Written:
-    """Writes a weight's bytes in order, hashes them, and lets the disk begin now and then."""
-
-    def __init__(self, fd: int, patch: Patch) -> None:
-        self.fd, self.at, self.begun = fd, patch.offset, patch.offset
-        self.hash = hashlib.sha256()
-
-    def __call__(self, raw: memoryview) -> None:
-        self.hash.update(raw)
-        disk.write_from(self.fd, raw, self.at)
-        self.at += len(raw)
-        if self.at - self.begun >= WRITEBACK:
-            disk.start_writeback(self.fd, self.begun, self.at - self.begun)
-            self.begun = self.at
-
-    def done(self) -> str:
-        disk.start_writeback(self.fd, self.begun, self.at - self.begun)
-        return self.hash.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratools.folding import Cut, Desk, Tally, fold_target, sample_rows
+from loratools.desk import Desk
+from loratools.folding import Cut, Tally, fold_target, sample_rows
 from loratools.plan import Target
 from loratools.weights.quantised import Quantised
 from loratools.weights.requantising import (

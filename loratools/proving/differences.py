@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from loratools.adapter import DTYPE_BITS, FLOATS, Leaf, Source
-from loratools.folding import extents, leaf_rows, one_thread, torch_dtype
+from loratools.desk import one_thread
+from loratools.folding import extents, leaf_rows, torch_dtype
 from loratools.narrowing import narrow
 from loratools.streaming import default_threads
 

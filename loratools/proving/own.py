@@ -28,8 +28,9 @@ from loratools.adapter import (
     leaves,
 )  # fmt: skip
 from loratools.algebra import factors
+from loratools.desk import Desk
 from loratools.exporting.requantised import compare_codes, fold_codes, source_of
-from loratools.folding import Cut, Desk, fold_target, leaf_rows, torch_dtype
+from loratools.folding import Cut, fold_target, leaf_rows, torch_dtype
 from loratools.plan import Plan, Target
 from loratools.proving.differences import (
     CHANGED,

@@ -123,6 +123,26 @@ def _write(fd: int, view: memoryview, offset: int) -> int:
         return os.write(fd, view)
 
 
+def open_direct(path: Path) -> int:
+    """A descriptor that writes aligned memory past the page cache; -1 where there is none."""
+    if PORTABLE or not hasattr(os, "O_DIRECT"):
+        return -1
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError:
+        return -1
+
+
+def write_direct(direct: int, plain: int, buffer: memoryview, offset: int) -> None:
+    """`write_from` past the page cache; `plain`, the same file, takes what `direct` does not."""
+    try:
+        done = os.pwrite(direct, buffer, offset)
+    except OSError:
+        done = 0  # whatever the reason: the plain write does it, or names what fails
+    if done < len(buffer):
+        write_from(plain, buffer[done:], offset + done)
+
+
 def copy_range(src_fd: int, dst_fd: int, src_offset: int, dst_offset: int, length: int) -> None:
     """Copies `length` bytes between files, inside the kernel (or by reflink) where it can.
 

@@ -1,6 +1,8 @@
 """The calls that are not portable, with and without what the system offers beyond the plain."""
 
 import errno
+import fcntl
+import mmap
 import os
 import re
 import resource
@@ -173,6 +175,60 @@ def test_what_the_system_says_in_our_words(tmp_path: Path, code: int, ours: str)
     found = disk.failure(OSError(code, os.strerror(code)), tmp_path / "a\nb")
     assert (found.code, found.exit) == (ours, 6)
     assert found.message.startswith(f"{tmp_path}/a\\nb: {os.strerror(code)}")
+
+
+def test_writes_past_the_page_cache_where_there_is_such_a_way(
+    pair: tuple[int, int], tmp_path: Path, way: str
+) -> None:
+    direct = disk.open_direct(tmp_path / "dst")
+    if way == "portable":
+        assert direct == -1
+    elif direct >= 0:
+        assert fcntl.fcntl(direct, fcntl.F_GETFL) & os.O_DIRECT
+    assert disk.open_direct(tmp_path / "nothing") == -1
+    assert not (tmp_path / "nothing").exists()
+    room = mmap.mmap(-1, 1 << 20)
+    room[:] = known(1 << 20)
+    disk.write_direct(direct, pair[1], memoryview(room), 8192)
+    # Neither the place nor the length nor the memory is a disk's: the plain descriptor takes it.
+    disk.write_direct(direct, pair[1], memoryview(room)[1:1000], 8192 + (1 << 20))
+    disk.write_direct(direct, pair[1], memoryview(room)[:0], 4096)
+    assert os.pread(pair[1], 2 << 20, 0) == bytes(8192) + known(1 << 20) + known(1000)[1:]
+    if direct >= 0:
+        os.close(direct)
+
+
+@pytest.mark.parametrize("taken", [0, 4096, 5000, None])
+def test_the_plain_way_takes_what_the_direct_one_leaves(
+    pair: tuple[int, int], monkeypatch: pytest.MonkeyPatch, taken: int | None
+) -> None:
+    native, other = os.pwrite, os.dup(pair[1])
+    plain = []
+
+    def pwrite(fd: int, buffer: memoryview, offset: int) -> int:
+        if fd == other and taken is None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if fd != other:
+            plain.append((len(buffer), offset))
+        return native(fd, buffer[:taken] if fd == other else buffer, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    disk.write_direct(other, pair[1], memoryview(known(8192)), 4096)
+    os.close(other)
+    assert os.pread(pair[1], 20_000, 0) == bytes(4096) + known(8192)
+    assert plain == [(8192 - (taken or 0), 4096 + (taken or 0))]
+
+
+def test_what_neither_way_takes_names_the_file(
+    pair: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(StorageError, match=r"dst: No space left .*; 4,096 bytes to write") as e:
+        disk.write_direct(-1, pair[1], memoryview(bytes(4096)), 0)
+    assert e.value.code == "disk_full"
 
 
 def test_reserves_and_never_shortens(pair: tuple[int, int], way: str) -> None:
