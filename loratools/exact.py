@@ -71,7 +71,7 @@ def _longest(factor: Tensor, axis: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class TileSum:
-    """Rows of a sum from `start` on; `base` gives W0's, in float64, when it is asked."""
+    """Rows of a sum from `start` on; `base` gives W0's, as they are, when it is asked."""
 
     whole: LowRankSum
     start: int

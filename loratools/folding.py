@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,8 @@ TILE = 1 << 19
 COUNTED = 64
 SMALL = 1 << 16  # elements of a tensor all of whose rows are measured
 DEVICE_TILE = 1 << 24  # a GPU wants work in larger portions
+
+_CPU = torch.device("cpu")
 
 Emit = Callable[[int, Tensor], None]  # (start, rows in the output dtype, on the CPU)
 
@@ -157,17 +159,17 @@ def fold_target(
             tally.elements += w.numel()
             continue
         again = partial(wide, start, stop, "again")
-        sums = TileSum(exact, start, again) if exact is not None else None
         counted = slice(-start % step, None, step)
         done = None
-        if low is not None and rows is not None and sums is not None:
-            done = _at_once(desk, sums, low, rows(start, stop), dtype, counted)
+        if low is not None and rows is not None and exact is not None:
+            done = _at_once(desk, exact, low, start, rows(start, stop), dtype, counted)
         if done is not None:
             out, before, d = done
         else:
             w0 = wide(start, stop)
             before = w0[counted].clone()
             w = combine(terms, w0, start, w0)
+            sums = TileSum(exact, start, again) if exact is not None else None
             out = narrow(w if unit == 1 else w / unit, dtype, desk.room, sums)
             d = w[counted] - before
             if not _is_finite(out):
@@ -190,8 +192,9 @@ def _for_kernels(terms: Sequence[tuple[float, Kind]]) -> tuple[Tensor, Tensor]:
 
 def _at_once(
     desk: Desk,
-    sums: TileSum,
+    exact: LowRankSum,
     low: tuple[Tensor, Tensor],
+    start: int,
     raw: Tensor,
     dtype: torch.dtype,
     counted: slice,
@@ -200,7 +203,8 @@ def _at_once(
 
     None where the kernels do not serve.
     """
-    b, a = low[0][sums.start : sums.start + len(raw)], low[1]
+    b, a = low[0][start : start + len(raw)], low[1]
+    sums = TileSum(exact, start, lambda: raw)
     out = desk.room("out", raw, dtype)
     found = kernels.fold(raw, b, a, out, sums)
     if found is None:
@@ -224,12 +228,16 @@ def _peak(
 
 
 def _around(rows: Sequence[int], together: Sequence[int], height: int) -> list[tuple[int, int]]:
-    """The blocks in which single rows lie, each once."""
+    """The blocks in which single rows lie, each once; neighbours are one."""
     if 0 in together:
         return [(0, height)]
-    size = math.lcm(*together)
-    starts = dict.fromkeys(row // size * size for row in rows)
-    return [(start, min(start + size, height)) for start in starts]
+    size, found = math.lcm(*together), list[tuple[int, int]]()
+    for start in dict.fromkeys(row // size * size for row in rows):
+        stop = min(start + size, height)
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return found
 
 
 def exactly_rounded(target: Target) -> bool:
@@ -347,6 +355,21 @@ def sample_rows(height: int, count: int = 8) -> list[int]:
     return sorted({(2 * i + 1) * height // (2 * count) for i in range(count)}) if height else []
 
 
+def _of_rows(target: Target, rows: Sequence[int], read: Rows) -> tuple[Target, Tensor]:
+    """A target of low-rank terms with some of its rows alone, and these of its base."""
+    assert target.base is not None
+    shape = (len(rows), *target.shape[1:])
+    terms = []
+    for term, (weight, delta) in zip(target.terms, _weighted(target, _CPU), strict=True):
+        assert isinstance(delta, LowRank)
+        some = replace(delta, b=held(delta.b.tensor()[rows], delta.b.name))
+        place = replace(term.place, transposed=False)
+        terms.append(replace(term, delta=some, weight=weight, place=place))
+    stored = torch.cat([read(row, row + 1).clone() for row in rows])
+    base = replace(held(stored.view(shape), target.name), dtype=target.base.dtype)
+    return replace(target, shape=shape, base=base, terms=tuple(terms)), stored
+
+
 def fold_sample(target: Target, *, dtype: torch.dtype, cut: Cut | None = None) -> Tally:
     """The tally of a few rows of one target, read from the base: what a fold would keep.
 
@@ -354,11 +377,14 @@ def fold_sample(target: Target, *, dtype: torch.dtype, cut: Cut | None = None) -
     """
     leaf, desk = target.base, Desk(torch.device("cpu"))
     assert leaf is not None
-    rows = sample_rows(min(extents(leaf.shape)[0], extents(target.shape)[0]))
+    rows, read = sample_rows(min(extents(leaf.shape)[0], extents(target.shape)[0])), leaf_rows(leaf)
     with desk.at_work():
+        if rows and cut is None and leaf.shape == target.shape and exactly_rounded(target):
+            target, stored = _of_rows(target, rows, read)
+            rows, read = list(range(len(rows))), lambda start, stop: stored[start:stop]
         return fold_target(
             target,
-            leaf_rows(leaf),
+            read,
             lambda *_: None,
             dtype=dtype,
             desk=desk,

@@ -12,8 +12,9 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* The newest instructions that the machine has, chosen when the library is loaded. */
-#if !defined(ONE_MACHINE) && defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EACH_MACHINE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#if !defined(ONE_MACHINE) && defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
+#define FOR_EACH_MACHINE                                                                           \
+    __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EACH_MACHINE
 #endif
@@ -56,9 +57,10 @@ INLINE void widen(int dtype, const void *raw, double *wide, int n) {
     }
 }
 
-/* Each rounds a block; `open` says which elements need a look, the result whether all are finite. */
+/* Each rounds a block; `open` says which elements may be wrong, the result if all are finite. */
 
-INLINE int to_single(const double *sums, float *single, float *out, uint32_t *open, int n, notes *to) {
+INLINE int to_single(const double *sums, float *single, float *out, uint32_t *open, int n,
+                     const notes *to) {
     double relative = 4 * to->relative, absolute = 4 * to->absolute;
     uint32_t most = 0;
     for (int i = 0; i < n; i++) out[i] = single[i];
@@ -78,40 +80,51 @@ INLINE int to_single(const double *sums, float *single, float *out, uint32_t *op
     return most < 0x7F800000;
 }
 
+INLINE uint16_t as_bfloat(uint32_t bits) {
+    return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
 INLINE int to_bfloat(const float *single, uint16_t *out, uint32_t *open, int n, float tiny) {
     uint32_t most = 0;
     for (int i = 0; i < n; i++) {
         uint32_t bits = bits_of(single[i]), size = bits & 0x7FFFFFFF;
-        out[i] = (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+        out[i] = as_bfloat(bits);
         open[i] = (bits << 16 == 0x80000000u) | (fabsf(single[i]) <= tiny);
         most = size > most ? size : most;
     }
     return most < 0x7F7F8000;
 }
 
+INLINE uint16_t as_half(uint32_t bits) {
+    uint32_t size = bits & 0x7FFFFFFF;
+    uint32_t normal = (size - (112u << 23) + 0xFFF + ((size >> 13) & 1)) >> 13;
+    /* Subnormals are whole multiples of 2^-24, which is what float32 keeps beside 1/2. */
+    uint32_t small = bits_of(float_of(size) + 0.5f) - 0x3F000000u;
+    return (uint16_t)((size >= 113u << 23 ? normal : small) | ((bits >> 16) & 0x8000));
+}
+
 INLINE int to_half(const float *single, uint16_t *out, uint32_t *open, int n, float tiny) {
     uint32_t most = 0;
     for (int i = 0; i < n; i++) {
         uint32_t bits = bits_of(single[i]), size = bits & 0x7FFFFFFF;
-        uint32_t normal = (size - (112u << 23) + 0xFFF + ((size >> 13) & 1)) >> 13;
-        /* Subnormals are whole multiples of 2^-24, which is what float32 keeps beside 1/2. */
-        float less = fabsf(single[i]) + 0.5f, off = fabsf((less - 0.5f) - fabsf(single[i]));
-        uint32_t small = bits_of(less) - 0x3F000000u;
-        uint32_t is_normal = size >= 113u << 23;
-        uint32_t halfway = is_normal ? bits << 19 == 0x80000000u : off == 0x1p-25f;
-        out[i] = (uint16_t)((is_normal ? normal : small) | ((bits >> 16) & 0x8000));
+        float off = fabsf(((fabsf(single[i]) + 0.5f) - 0.5f) - fabsf(single[i]));
+        uint32_t halfway = size >= 113u << 23 ? bits << 19 == 0x80000000u : off == 0x1p-25f;
+        out[i] = as_half(bits);
         open[i] = halfway | (fabsf(single[i]) <= tiny);
         most = size > most ? size : most;
     }
     return most < 0x477FF000;
 }
 
-/* What a number becomes that float32 puts halfway between two of 16 bits. */
-INLINE uint16_t beside_halfway(int dtype, double sum, float single) {
-    uint32_t bits = bits_of(single), size = bits & 0x7FFFFFFF, more = fabs(sum) > fabs((double)single);
-    if (dtype == BFLOAT) return (uint16_t)((bits >> 16) + more);
-    uint32_t down = size >= 113u << 23 ? (size - (112u << 23)) >> 13 : (uint32_t)(fabsf(single) * 0x1p24f);
-    return (uint16_t)((down + more) | ((bits >> 16) & 0x8000));
+/* One number correctly rounded, by way of a float32 whose last bit says whether more was cut off
+   (Boldo & Melquiond 2008, doi:10.1109/TC.2007.70819); its bits. */
+INLINE uint32_t rounded(int dtype, double value) {
+    float single = (float)value;
+    uint32_t bits = bits_of(single);
+    if (dtype == SINGLE) return bits;
+    bits -= fabs((double)single) > fabs(value);
+    bits |= (double)single != value;
+    return dtype == BFLOAT ? as_bfloat(bits) : as_half(bits);
 }
 
 INLINE int finish(int dtype, const double *sums, void *out, int n, int64_t place, notes *to) {
@@ -128,8 +141,10 @@ INLINE int finish(int dtype, const double *sums, void *out, int n, int64_t place
         if (!open[i]) continue;
         hits--;
         double error = to->relative * fabs(sums[i]) + to->absolute;
-        if (dtype != SINGLE && fabsf(single[i]) > tiny && fabs(sums[i] - (double)single[i]) > error) {
-            ((uint16_t *)out)[i] = beside_halfway(dtype, sums[i], single[i]);
+        uint32_t low = rounded(dtype, sums[i] - error);
+        if (low == rounded(dtype, sums[i] + error)) {
+            if (dtype == SINGLE) ((float *)out)[i] = float_of(low);
+            else ((uint16_t *)out)[i] = (uint16_t)low;
             continue;
         }
         if (to->found == to->capacity) return 0;
@@ -142,8 +157,8 @@ INLINE int finish(int dtype, const double *sums, void *out, int n, int64_t place
 /* out (rows, width) = raw + b (rows, rank) · a (rank, width); the rank is a multiple of 4. How many
    elements `at` and `near` (their float64 sums) have got; -1, and nothing of use in `out`, where a
    number is not finite or more of them need a look than there is room for. */
-INLINE int64_t fold(int base, int dtype, const char *raw, const double *b, const double *a, char *out,
-                    int64_t rows, int64_t width, int64_t rank, notes to) {
+INLINE int64_t fold(int base, int dtype, const char *raw, const double *b, const double *a,
+                    char *out, int64_t rows, int64_t width, int64_t rank, notes to) {
     double sums[2][BLOCK];
     int from = base == SINGLE ? 4 : 2, into = dtype == SINGLE ? 4 : 2;
     for (int64_t start = 0; start < width; start += BLOCK) {
@@ -170,12 +185,12 @@ INLINE int64_t fold(int base, int dtype, const char *raw, const double *b, const
     return to.found;
 }
 
-#define WAY(name, base, dtype)                                                                       \
-    FOR_EACH_MACHINE int64_t name(const char *raw, const double *b, const double *a, char *out,      \
-                                  int64_t rows, int64_t width, int64_t rank, double relative,        \
-                                  double absolute, int64_t *at, double *near, int64_t capacity) {    \
-        notes to = {relative, absolute, at, near, 0, capacity};                                      \
-        return fold(base, dtype, raw, b, a, out, rows, width, rank, to);                             \
+#define WAY(name, base, dtype)                                                                     \
+    FOR_EACH_MACHINE int64_t name(const char *raw, const double *b, const double *a, char *out,    \
+                                  int64_t rows, int64_t width, int64_t rank, double relative,      \
+                                  double absolute, int64_t *at, double *near, int64_t capacity) {  \
+        notes to = {relative, absolute, at, near, 0, capacity};                                    \
+        return fold(base, dtype, raw, b, a, out, rows, width, rank, to);                           \
     }
 
 WAY(fold_float32_float32, SINGLE, SINGLE)

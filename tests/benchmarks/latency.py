@@ -112,7 +112,8 @@ def latency() -> list[Row]:
     some = graphs(WORK / "latency")
     rows = []
     for shape in SHAPES:
-        found = {row.name: row for row in measure(some, feeds(shape), 7, calls=15 if shape[1] == 1 else 3)}
+        calls = 15 if shape[1] == 1 else 3
+        found = {row.name: row for row in measure(some, feeds(shape), 7, calls=calls)}
         text = f"batch {shape[0]}, {shape[1]} tokens" + (f" after {shape[2]}" if shape[2] else "")
         first, noise = found["base"], max(0.05, abs(found["base, again"].ratio - 1))
         for name, row in found.items():
