@@ -34,9 +34,9 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def default_threads() -> int:
-    """One for each usable core: a fold waits more for arithmetic than for the page cache."""
+    """One more than there are usable cores: one waits for the disk while the others compute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cores or 1)
+    return min(16, cores or 1) + 1
 
 
 @dataclass(slots=True)
