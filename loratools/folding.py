@@ -46,6 +46,7 @@ TILE = 1 << 19
 # Of a large tensor every so many rows are measured for `update_kept`: looking at all of them would
 # take a third of a fold's time.
 COUNTED = 64
+APART = 4  # tiles of which one is looked at, in so many times the rows: a look has its fixed price
 SMALL = 1 << 16  # elements of a tensor all of whose rows are measured
 DEVICE_TILE = 1 << 24  # a GPU wants work in larger portions
 
@@ -141,6 +142,7 @@ def fold_target(
     sample = only_rows is not None
     chosen = grid if only_rows is None else _around(only_rows, together, height)
     step = 1 if sample or height * width <= SMALL else COUNTED
+    apart = APART if step % APART == 0 else 1
 
     # What the output's numbers are multiplied with: in the base's dtype they keep its scale.
     unit, base = 1.0, target.base
@@ -149,7 +151,7 @@ def fold_target(
         peak = max((_peak(terms, wide, a, b, known) for a, b in chosen), default=0.0)
         unit = fitting_scale(base, peak, dtype)
         tally.scale = None if unit == scale_of(base) else unit
-    for start, stop in chosen:
+    for number, (start, stop) in enumerate(chosen):
         if start >= known:
             like = torch.empty(stop - start, width, dtype=torch.float64, device=desk.device)
             w = grown(terms, like, start)
@@ -159,12 +161,15 @@ def fold_target(
             tally.elements += w.numel()
             continue
         again = partial(wide, start, stop, "again")
-        counted = slice(-start % step, None, step)
+        watched, counted = number % apart == 0, slice(-start % (step // apart), None, step // apart)
         done = None
         if low is not None and rows is not None and exact is not None:
-            done = _at_once(desk, exact, low, start, rows(start, stop), dtype, counted)
-        if done is not None:
-            out, before, d = done
+            done = _at_once(desk, exact, low, start, rows(start, stop), dtype)
+        if done is not None and low is not None:
+            out, raw = done
+            if watched:
+                before = raw[counted].to(torch.float64)
+                d = low[0][start:stop][counted] @ low[1]
         else:
             w0 = wide(start, stop)
             before = w0[counted].clone()
@@ -176,7 +181,8 @@ def fold_target(
                 w0 = again()
                 _explain(target, {"base": w0, "update": w - w0}, out)
         tally.elements += out.numel()
-        _count(tally, before, d, out[counted], unit, sample=sample)
+        if watched:
+            _count(tally, before, d, out[counted], unit, sample=sample)
         emit(start, desk.home(out))
     return tally
 
@@ -197,12 +203,8 @@ def _at_once(
     start: int,
     raw: Tensor,
     dtype: torch.dtype,
-    counted: slice,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """W of a tile by compiled kernels, and of its counted rows W0 and ΔW.
-
-    None where the kernels do not serve.
-    """
+) -> tuple[Tensor, Tensor] | None:
+    """W of a tile by compiled kernels, and W0 as stored; None where the kernels do not serve."""
     b, a = low[0][start : start + len(raw)], low[1]
     sums = TileSum(exact, start, lambda: raw)
     out = desk.room("out", raw, dtype)
@@ -210,7 +212,7 @@ def _at_once(
     if found is None:
         return None
     settle(sums, out, *found)
-    return out, raw[counted].to(torch.float64), b[counted] @ a
+    return out, raw
 
 
 def _peak(

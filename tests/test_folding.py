@@ -87,7 +87,11 @@ def test_each_element_is_rounded_once(example, dtype, tile, monkeypatch):
     assert tally.elements == base.numel()
 
 
-def test_every_so_many_rows_are_measured_and_all_are_watched(monkeypatch):
+@pytest.mark.parametrize(
+    ("apart", "rows"), [(1, [0, 4, 8, 12]), (4, [0, 1, 2, 12, 13, 14])]
+)  # a tile is three rows here
+def test_every_so_many_rows_are_measured_and_all_are_watched(apart, rows, monkeypatch):
+    monkeypatch.setattr(folding, "APART", apart)
     monkeypatch.setattr(folding, "TILE", 24)
     monkeypatch.setattr(folding, "SMALL", 0)
     monkeypatch.setattr(folding, "COUNTED", 4)
@@ -97,7 +101,6 @@ def test_every_so_many_rows_are_measured_and_all_are_watched(monkeypatch):
     found, tally = fold_tensor(one, base, dtype=torch.float16)
     update = folded(delta, np.zeros((16, 8)))
     changed = (found.double() - base.double()).numpy()
-    rows = slice(None, None, 4)  # a tile is three rows here
     assert tally.update == pytest.approx(float((update[rows] ** 2).sum()), rel=1e-9)
     assert tally.kept == pytest.approx(float((changed[rows] * update[rows]).sum()), rel=1e-9)
     assert tally.elements == 16 * 8

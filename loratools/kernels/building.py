@@ -50,7 +50,7 @@ def build(folder: Path) -> Path:
             said = str(problem)
         finally:
             fresh.unlink(missing_ok=True)
-    raise RuntimeError(said)
+    raise RuntimeError(said or f"{compiler} made nothing")
 
 
 class Hook(BuildHookInterface):  # type: ignore[type-arg]
