@@ -135,8 +135,9 @@ def fold_target(
     in_any_order = cut is None and only_rows is None  # a truncation's factors are not
     exact = LowRankSum.of(moved, (height, width)) if in_any_order else None
     terms = _ready(moved, first_pass, cut, tally)
-    in_c = exact is not None and desk.device.type == "cpu" and kernels.available()
-    low = _for_kernels(terms) if in_c else None
+    low = None
+    if exact is not None and desk.device.type == "cpu" and _in_c(target, dtype):
+        low = _for_kernels(terms)
     together = [block(d) for _, d in terms]
     grid = tiles(height, width, known, desk.device, 0 if 0 in together else math.lcm(*together))
     sample = only_rows is not None
@@ -185,6 +186,14 @@ def fold_target(
             _count(tally, before, d, out[counted], unit, sample=sample)
         emit(start, desk.home(out))
     return tally
+
+
+def _in_c(target: Target, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for a target: else each tile would be read for them in vain."""
+    leaf = target.base
+    if leaf is None or not exactly_rounded(target) or not kernels.available():
+        return False
+    return kernels.serves(torch_dtype(leaf.dtype), dtype)
 
 
 def _for_kernels(terms: Sequence[tuple[float, Kind]]) -> tuple[Tensor, Tensor]:

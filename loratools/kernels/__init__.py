@@ -38,6 +38,11 @@ def available() -> bool:
     return _library() is not None
 
 
+def serves(base: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel from rows of one dtype to those of another."""
+    return _kernel(base, dtype) is not None
+
+
 @cache
 def _kernel(base: torch.dtype, dtype: torch.dtype) -> Callable[..., int] | None:
     names = [str(one).removeprefix("torch.") for one in (base, dtype)]
