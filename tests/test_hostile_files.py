@@ -109,7 +109,7 @@ def test_none_of_them_needs_torch_or_numpy(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     for path, (status, said) in json.loads(done.stdout).items():

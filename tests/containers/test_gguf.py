@@ -172,7 +172,7 @@ def test_hostile_files_take_no_memory():
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
     )
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=300)
 
 
 @pytest.mark.parametrize("size", [1, 9, 1000])

@@ -320,7 +320,7 @@ def test_the_other_stack_of_large_files(hub, nowhere):
         env=hub.env(HF_HUB_DISABLE_XET="0"),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert ended.stdout.startswith("network 11 push to me/x: "), ended.stderr

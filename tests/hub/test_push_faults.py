@@ -35,9 +35,8 @@ def test_a_busy_hub_is_not_waited_for_without_end(hub, adapter):
 
 def test_a_wait_that_is_too_long_is_said_instead(hub, adapter):
     hub.fault("POST", "/commit/", 429, headers={"Retry-After": "86400"})
-    began = time.monotonic()
     caught = refused("network", adapter)
-    assert time.monotonic() - began < 10
+    assert len(hub.asked("POST", "/commit/")) == 1
     assert "86400" in caught.problems[0].advice
 
 
@@ -101,7 +100,7 @@ def test_a_large_file_is_hashed_once(hub, adapter, monkeypatch):
     assert push(adapter).verified == 2
 
 
-def wait_for(what, seconds=20.0):
+def wait_for(what, seconds=60.0):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end
@@ -144,7 +143,7 @@ def test_stopped_in_the_middle_it_says_how_to_go_on(hub, adapter):
     child = hub.start_cli("push", str(adapter), "me/style", *PLAIN)
     wait_for(lambda: hub.asked("POST", "/commit/"))
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert child.returncode == 130
     assert f"to go on: loratools push {adapter} me/style --card none" in err
     assert "interrupted" in err

@@ -31,7 +31,7 @@ def test_there_and_back(hub, tmp_path):
         env=hub.env(HF_HUB_DISABLE_XET="0"),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

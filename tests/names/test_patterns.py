@@ -151,7 +151,7 @@ def test_hostile_patterns_cost_little_time_and_memory():
         input=json.dumps(patterns),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         cwd=ROOT,
     )

@@ -304,7 +304,7 @@ def test_both_folds_agree(name, on, bases, adapters, converted, tmp_path):
     program = environments.folder() / "llamacpp" / "bin" / "llama-export-lora"
     asked = ["-m", converted(base), "--lora", file, "-o", tmp_path / "theirs.gguf"]
     done = subprocess.run(
-        [str(x) for x in (program, *asked)], capture_output=True, text=True, timeout=100
+        [str(x) for x in (program, *asked)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     header = read_header(LocalFile(tmp_path / "theirs.gguf"))
