@@ -31,7 +31,7 @@ from loratools.algebra import (
 from loratools.desk import Desk, one_thread
 from loratools.errors import error, shown
 from loratools.exact import LowRankSum, TileSum
-from loratools.narrowing import narrow, not_finite, settle
+from loratools.narrowing import narrow, not_finite, settle_open
 from loratools.plan import Target
 from loratools.rewriting import as_stored
 from loratools.stored import Rows as Rows
@@ -196,31 +196,30 @@ def _in_c(target: Target, dtype: torch.dtype) -> bool:
     return kernels.serves(torch_dtype(leaf.dtype), dtype)
 
 
-def _for_kernels(terms: Sequence[tuple[float, Kind]]) -> tuple[Tensor, Tensor]:
-    """B and A of terms that are one low-rank product, their rank made a multiple of 4."""
+def _for_kernels(terms: Sequence[tuple[float, Kind]]) -> tuple[Tensor, Tensor, Tensor]:
+    """B and A of terms that are one low-rank product, and A as the kernels read it."""
     [(_, low)] = terms
     assert isinstance(low, LowRank)
     b, a = factors(low)
-    more = -len(a) % 4
-    return torch.nn.functional.pad(b, (0, more)), torch.nn.functional.pad(a, (0, 0, 0, more))
+    return b.contiguous(), a, kernels.panels(a)
 
 
 def _at_once(
     desk: Desk,
     exact: LowRankSum,
-    low: tuple[Tensor, Tensor],
+    low: tuple[Tensor, Tensor, Tensor],
     start: int,
     raw: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor] | None:
     """W of a tile by compiled kernels, and W0 as stored; None where the kernels do not serve."""
-    b, a = low[0][start : start + len(raw)], low[1]
+    b, _, panels = low
     sums = TileSum(exact, start, lambda: raw)
     out = desk.room("out", raw, dtype)
-    found = kernels.fold(raw, b, a, out, sums)
+    found = kernels.fold(raw, b[start : start + len(raw)], panels, out, sums)
     if found is None:
         return None
-    settle(sums, out, *found)
+    settle_open(sums, out, *found)
     return out, raw
 
 

@@ -71,11 +71,18 @@ def settle(sums: TileSum, out: Tensor, at: Tensor, values: Tensor) -> None:
         error[~np.isfinite(near)] = 0
         ends = np.concatenate([near - error, near + error])
     low, high = _rounded(ends, out.dtype).chunk(2)
-    flat, open_ = out.view(-1), differ(low, high)
+    out.view(-1)[at] = low.to(out.device)
+    open_ = differ(low, high)
     if open_.any():
         here = open_.nonzero().view(-1).to(at.device)
-        low[open_] = sums.settled(at[here], values[here], partial(_rounded, dtype=out.dtype))
-    flat[at] = low.to(flat.device)
+        settle_open(sums, out, at[here], values[here])
+
+
+def settle_open(sums: TileSum, out: Tensor, at: Tensor, values: Tensor) -> None:
+    """`settle` for elements that the error of `values` leaves open."""
+    if len(at):
+        exact = sums.settled(at, values, partial(_rounded, dtype=out.dtype))
+        out.view(-1)[at] = exact.to(out.device)
 
 
 def _tiny(out: Tensor, sums: TileSum, room: Room) -> Tensor:

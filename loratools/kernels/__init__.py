@@ -18,6 +18,7 @@ from torch import Tensor
 
 from loratools.exact import TileSum
 
+LANES = 8  # columns of A that lie together, as in fold.c
 MANY = 4096  # elements of a tile for a second look; where there are more it takes the plain way
 
 
@@ -55,21 +56,26 @@ def _kernel(base: torch.dtype, dtype: torch.dtype) -> Callable[..., int] | None:
     return call
 
 
+def panels(a: Tensor) -> Tensor:
+    """A (rank, in) as `fold` reads it: (in / LANES, rank, LANES), filled with zeros at the end."""
+    wide = torch.nn.functional.pad(a, (0, -a.shape[1] % LANES))
+    return wide.view(len(a), -1, LANES).permute(1, 0, 2).contiguous()
+
+
 def fold(
     raw: Tensor, b: Tensor, a: Tensor, out: Tensor, sums: TileSum
 ) -> tuple[Tensor, Tensor] | None:
-    """Puts `raw` + B·A into `out`; which elements need a second look, and their float64 sums.
+    """Puts `raw` + B·A into `out`; which elements float64 leaves open, and its sums of them.
 
-    B (rows, rank) and A (rank, in) are float64, the rank a multiple of 4. None, and nothing of use
-    in `out`, where there is no kernel for these dtypes, a number is not finite, or too many are in
-    doubt.
+    B (rows, rank) and A in `panels` are float64. None, and nothing of use in `out`, where there is
+    no kernel for these dtypes, a number is not finite, or too many are in doubt.
     """
     kernel = _kernel(raw.dtype, out.dtype)
     if kernel is None or not all(t.is_contiguous() for t in (raw, b, a, out)):
         return None
     at, near = torch.empty(MANY, dtype=torch.int64), torch.empty(MANY, dtype=torch.float64)
     found = kernel(
-        raw.data_ptr(), b.data_ptr(), a.data_ptr(), out.data_ptr(), *raw.shape, len(a),
+        raw.data_ptr(), b.data_ptr(), a.data_ptr(), out.data_ptr(), *raw.shape, b.shape[1],
         sums.relative, sums.absolute, at.data_ptr(), near.data_ptr(), MANY,
     )  # fmt: skip
     return None if found < 0 else (at[:found], near[:found])

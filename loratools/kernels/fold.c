@@ -8,7 +8,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#define BLOCK 512
+#define BLOCK 256
+#define ROWS 6 /* as many as leave registers free */
+#define LANES 8
 #define INLINE static inline __attribute__((always_inline))
 
 /* The newest instructions that the machine has, chosen when the library is loaded. */
@@ -18,6 +20,8 @@
 #else
 #define FOR_EACH_MACHINE
 #endif
+
+typedef double lanes __attribute__((vector_size(8 * LANES), aligned(8)));
 
 enum { SINGLE, BFLOAT, HALF };
 
@@ -40,60 +44,45 @@ INLINE float float_of(uint32_t bits) {
     return value;
 }
 
-INLINE void widen(int dtype, const void *raw, double *wide, int n) {
-    const float *single = raw;
+/* sums += raw; and what float32 makes of them. */
+INLINE void add(int dtype, const void *raw, double *sums, float *single, int n) {
     const uint16_t *half = raw;
     if (dtype == SINGLE) {
-        for (int i = 0; i < n; i++) wide[i] = single[i];
+        memcpy(single, raw, 4 * (size_t)n);
     } else if (dtype == BFLOAT) {
-        for (int i = 0; i < n; i++) wide[i] = float_of((uint32_t)half[i] << 16);
+        for (int i = 0; i < n; i++) single[i] = float_of((uint32_t)half[i] << 16);
     } else {
         for (int i = 0; i < n; i++) {
             /* A power of two gives the exponent as float32 counts it, subnormals' too. */
             float size = float_of((uint32_t)(half[i] & 0x7FFF) << 13) * 0x1p112f;
-            size = (half[i] & 0x7C00) == 0x7C00 ? INFINITY : size;
-            wide[i] = half[i] & 0x8000 ? -size : size;
+            uint32_t bits = bits_of((half[i] & 0x7C00) == 0x7C00 ? INFINITY : size);
+            single[i] = float_of(bits | (uint32_t)(half[i] & 0x8000) << 16);
         }
+    }
+    for (int i = 0; i < n; i++) {
+        sums[i] += (double)single[i];
+        single[i] = (float)sums[i];
     }
 }
 
-/* Each rounds a block; `open` says which elements may be wrong, the result if all are finite. */
+INLINE uint32_t lesser(uint32_t one, uint32_t other) { return one < other ? one : other; }
+INLINE uint32_t greater(uint32_t one, uint32_t other) { return one > other ? one : other; }
 
-INLINE int to_single(const double *sums, float *single, float *out, uint32_t *open, int n,
-                     const notes *to) {
-    double relative = 4 * to->relative, absolute = 4 * to->absolute;
-    uint32_t most = 0;
-    for (int i = 0; i < n; i++) out[i] = single[i];
-    for (int i = 0; i < n; i++) {
-        uint64_t bits;
-        double binade, off = fabs(sums[i] - (double)single[i]);
-        memcpy(&bits, &sums[i], 8);
-        bits &= 0x7FF0000000000000u;
-        memcpy(&binade, &bits, 8);
-        binade = binade > 0x1p-126 ? binade : 0x1p-126;
-        open[i] = off + (relative * fabs(sums[i]) + absolute) >= binade * 0x1p-24;
-    }
-    for (int i = 0; i < n; i++) {
-        uint32_t size = bits_of(single[i]) & 0x7FFFFFFF;
-        most = size > most ? size : most;
-    }
-    return most < 0x7F800000;
+INLINE int open_in_single(double sum, float single, const notes *to) {
+    uint64_t bits;
+    double binade, off = fabs(sum - (double)single);
+    memcpy(&bits, &sum, 8);
+    bits &= 0x7FF0000000000000u;
+    memcpy(&binade, &bits, 8);
+    binade = binade > 0x1p-126 ? binade : 0x1p-126;
+    return off + (4 * to->relative * fabs(sum) + 4 * to->absolute) >= binade * 0x1p-24;
 }
 
 INLINE uint16_t as_bfloat(uint32_t bits) {
     return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-INLINE int to_bfloat(const float *single, uint16_t *out, uint32_t *open, int n, float tiny) {
-    uint32_t most = 0;
-    for (int i = 0; i < n; i++) {
-        uint32_t bits = bits_of(single[i]), size = bits & 0x7FFFFFFF;
-        out[i] = as_bfloat(bits);
-        open[i] = (bits << 16 == 0x80000000u) | (fabsf(single[i]) <= tiny);
-        most = size > most ? size : most;
-    }
-    return most < 0x7F7F8000;
-}
+INLINE uint32_t apart_in_bfloat(uint32_t bits) { return bits << 16 ^ 0x80000000u; }
 
 INLINE uint16_t as_half(uint32_t bits) {
     uint32_t size = bits & 0x7FFFFFFF;
@@ -103,17 +92,9 @@ INLINE uint16_t as_half(uint32_t bits) {
     return (uint16_t)((size >= 113u << 23 ? normal : small) | ((bits >> 16) & 0x8000));
 }
 
-INLINE int to_half(const float *single, uint16_t *out, uint32_t *open, int n, float tiny) {
-    uint32_t most = 0;
-    for (int i = 0; i < n; i++) {
-        uint32_t bits = bits_of(single[i]), size = bits & 0x7FFFFFFF;
-        float off = fabsf(((fabsf(single[i]) + 0.5f) - 0.5f) - fabsf(single[i]));
-        uint32_t halfway = size >= 113u << 23 ? bits << 19 == 0x80000000u : off == 0x1p-25f;
-        out[i] = as_half(bits);
-        open[i] = halfway | (fabsf(single[i]) <= tiny);
-        most = size > most ? size : most;
-    }
-    return most < 0x477FF000;
+INLINE uint32_t apart_in_half(uint32_t size) {
+    float off = fabsf(((float_of(size) + 0.5f) - 0.5f) - float_of(size));
+    return size >= 113u << 23 ? size << 19 ^ 0x80000000u : bits_of(off) ^ (127u - 25u) << 23;
 }
 
 /* One number correctly rounded, by way of a float32 whose last bit says whether more was cut off
@@ -127,19 +108,33 @@ INLINE uint32_t rounded(int dtype, double value) {
     return dtype == BFLOAT ? as_bfloat(bits) : as_half(bits);
 }
 
-INLINE int finish(int dtype, const double *sums, void *out, int n, int64_t place, notes *to) {
-    float single[BLOCK], tiny = (float)(0x1p27 * to->absolute);
-    uint32_t open[BLOCK], hits = 0;
-    int finite;
-    for (int i = 0; i < n; i++) single[i] = (float)sums[i];
-    if (dtype == SINGLE) finite = to_single(sums, single, out, open, n, to);
-    else if (dtype == BFLOAT) finite = to_bfloat(single, out, open, n, tiny);
-    else finite = to_half(single, out, open, n, tiny);
-    if (!finite) return 0;
-    for (int i = 0; i < n; i++) hits += open[i];
-    for (int i = 0; hits && i < n; i++) {
-        if (!open[i]) continue;
-        hits--;
+/* How far an element is from where its rounding is in doubt; 0 if it is there. */
+INLINE uint32_t apart(int dtype, double sum, float single, const notes *to) {
+    if (dtype == SINGLE) return !open_in_single(sum, single, to);
+    if (dtype == BFLOAT) return apart_in_bfloat(bits_of(single));
+    return apart_in_half(bits_of(single) & 0x7FFFFFFF);
+}
+
+/* The block rounded; 0 where a number is not finite, or there is no more room for notes. */
+INLINE int finish(int dtype, const double *sums, const float *single, void *out, int n,
+                  int64_t place, notes *to) {
+    float tiny = (float)(0x1p27 * to->absolute);
+    uint32_t most = 0, least = ~0u, nearest = ~0u;
+    const uint32_t limit = dtype == SINGLE ? 0x7F800000 : dtype == BFLOAT ? 0x7F7F8000 : 0x477FF000;
+    for (int i = 0; i < n; i++) {
+        uint32_t bits = bits_of(single[i]), size = bits & 0x7FFFFFFF;
+        if (dtype == SINGLE) ((float *)out)[i] = single[i];
+        else if (dtype == BFLOAT) ((uint16_t *)out)[i] = as_bfloat(bits);
+        else ((uint16_t *)out)[i] = as_half(bits);
+        most = greater(most, size);
+        least = lesser(least, size);
+        nearest = lesser(nearest, apart(dtype, sums[i], single[i], to));
+    }
+    if (most >= limit) return 0;
+    if (nearest && (dtype == SINGLE || least > bits_of(tiny))) return 1;
+    for (int i = 0; i < n; i++) {
+        int far = dtype == SINGLE || fabsf(single[i]) > tiny;
+        if (far && apart(dtype, sums[i], single[i], to)) continue;
         double error = to->relative * fabs(sums[i]) + to->absolute;
         uint32_t low = rounded(dtype, sums[i] - error);
         if (low == rounded(dtype, sums[i] + error)) {
@@ -154,43 +149,58 @@ INLINE int finish(int dtype, const double *sums, void *out, int n, int64_t place
     return 1;
 }
 
-/* out (rows, width) = raw + b (rows, rank) · a (rank, width); the rank is a multiple of 4. How many
-   elements `at` and `near` (their float64 sums) have got; -1, and nothing of use in `out`, where a
-   number is not finite or more of them need a look than there is room for. */
-INLINE int64_t fold(int base, int dtype, const char *raw, const double *b, const double *a,
+/* sums (ROWS, BLOCK) = b (ROWS, rank) · a, panel by panel: a panel's product stays in registers. */
+INLINE void multiply(const double *const *b, const double *panels, int64_t rank, int count,
+                     double *sums) {
+    for (int panel = 0; panel < count; panel++, panels += rank * LANES) {
+        lanes product[ROWS] = {{0}};
+        for (int64_t k = 0; k < rank; k++) {
+            lanes a = *(const lanes *)(panels + k * LANES);
+#pragma GCC unroll 6
+            for (int row = 0; row < ROWS; row++) product[row] += b[row][k] * a;
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; row++) {
+            *(lanes *)(sums + row * BLOCK + panel * LANES) = product[row];
+        }
+    }
+}
+
+/* out (rows, width) = raw + b (rows, rank) · a, which is in panels (width / LANES, rank, LANES), the
+   last one filled with zeros. How many elements `at` and `near` (their float64 sums) have got; -1,
+   and nothing of use in `out`, where a number is not finite or more of them need a look than there
+   is room for. */
+INLINE int64_t fold(int base, int dtype, const char *raw, const double *b, const double *panels,
                     char *out, int64_t rows, int64_t width, int64_t rank, notes to) {
-    double sums[2][BLOCK];
+    double sums[ROWS * BLOCK];
+    float single[BLOCK];
+    const double *some[ROWS];
     int from = base == SINGLE ? 4 : 2, into = dtype == SINGLE ? 4 : 2;
     for (int64_t start = 0; start < width; start += BLOCK) {
         int n = width - start < BLOCK ? (int)(width - start) : BLOCK;
-        for (int64_t row = 0; row < rows; row += 2) { /* two at a time: A is loaded once for both */
-            int64_t other = row + 1 < rows ? row + 1 : row;
-            int64_t first = row * width + start, second = other * width + start;
-            double *restrict w = sums[0], *restrict v = sums[1];
-            widen(base, raw + first * from, w, n);
-            widen(base, raw + second * from, v, n);
-            for (int64_t k = 0; k < rank; k += 4) {
-                const double *restrict p = a + k * width + start, *restrict q = p + width;
-                const double *restrict r = q + width, *restrict t = r + width;
-                const double *c = b + row * rank + k, *d = b + other * rank + k;
-                for (int i = 0; i < n; i++) {
-                    w[i] += c[0] * p[i] + c[1] * q[i] + c[2] * r[i] + c[3] * t[i];
-                    v[i] += d[0] * p[i] + d[1] * q[i] + d[2] * r[i] + d[3] * t[i];
-                }
+        for (int64_t first = 0; first < rows; first += ROWS) {
+            for (int i = 0; i < ROWS; i++) { /* the last row stands for those that are not there */
+                some[i] = b + (first + i < rows ? first + i : rows - 1) * rank;
             }
-            if (!finish(dtype, w, out + first * into, n, first, &to)) return -1;
-            if (other != row && !finish(dtype, v, out + second * into, n, second, &to)) return -1;
+            multiply(some, panels + start * rank, rank, (n + LANES - 1) / LANES, sums);
+            for (int i = 0; i < ROWS && first + i < rows; i++) {
+                int64_t place = (first + i) * width + start;
+                double *here = sums + i * BLOCK;
+                add(base, raw + place * from, here, single, n);
+                if (!finish(dtype, here, single, out + place * into, n, place, &to)) return -1;
+            }
         }
     }
     return to.found;
 }
 
 #define WAY(name, base, dtype)                                                                     \
-    FOR_EACH_MACHINE int64_t name(const char *raw, const double *b, const double *a, char *out,    \
-                                  int64_t rows, int64_t width, int64_t rank, double relative,      \
-                                  double absolute, int64_t *at, double *near, int64_t capacity) {  \
+    FOR_EACH_MACHINE int64_t name(const char *raw, const double *b, const double *panels,          \
+                                  char *out, int64_t rows, int64_t width, int64_t rank,            \
+                                  double relative, double absolute, int64_t *at, double *near,     \
+                                  int64_t capacity) {                                              \
         notes to = {relative, absolute, at, near, 0, capacity};                                    \
-        return fold(base, dtype, raw, b, a, out, rows, width, rank, to);                           \
+        return fold(base, dtype, raw, b, panels, out, rows, width, rank, to);                      \
     }
 
 WAY(fold_float32_float32, SINGLE, SINGLE)

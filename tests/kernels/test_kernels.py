@@ -17,7 +17,7 @@ from loratools.errors import LoratoolsError
 from loratools.exact import LowRankSum, TileSum
 from loratools.folding import fold_tensor
 from loratools.kernels import building
-from loratools.narrowing import narrow, settle
+from loratools.narrowing import narrow, settle_open
 from tests.small_models import target
 
 FOLDER = Path(kernels.__file__).parent
@@ -129,9 +129,9 @@ def test_a_tile_full_of_doubts_is_left_to_torch(monkeypatch):
     w0, delta = torch.zeros(4, 64, dtype=torch.bfloat16), low_rank(4, 2, 64, 1.0)
     sums = TileSum(LowRankSum.of([(1.0, delta)], (4, 64)), 0, lambda: w0.double())
     b, a = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 64, dtype=torch.float64)
-    assert kernels.fold(w0, b, a, torch.empty_like(w0), sums) is None
+    assert kernels.fold(w0, b, kernels.panels(a), torch.empty_like(w0), sums) is None
     monkeypatch.setattr(kernels, "MANY", 256)
-    at, near = kernels.fold(w0, b, a, torch.empty_like(w0), sums)
+    at, near = kernels.fold(w0, b, kernels.panels(a), torch.empty_like(w0), sums)
     assert sorted(at.tolist()) == list(range(256))
     assert near.tolist() == [0.0] * 256
 
@@ -143,12 +143,12 @@ def test_the_noted_elements_alone_need_a_second_look(dtype):
     b, a = delta.b.tensor().double() * delta.scaling, delta.a.tensor().double()
     sums = TileSum(LowRankSum.of([(1.0, delta)], (64, 2000)), 0, lambda: w0.double())
     out = torch.empty_like(w0)
-    at, near = kernels.fold(w0, b, a, out, sums)
+    at, near = kernels.fold(w0, b, kernels.panels(a), out, sums)
     plain = narrow(w0.double() + b @ a, dtype, sums=sums)
     different = (out != plain).view(-1).nonzero().view(-1).tolist()
     assert set(different) <= set(at.tolist())
     assert len(at) < 20
-    settle(sums, out, at, near)
+    settle_open(sums, out, at, near)
     assert torch.equal(out, plain)
 
 
