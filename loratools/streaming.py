@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from loratools.weights.spool import WRITEBACK, Spool, SpooledFile, Writer
 
 COPY = 64 << 20  # bytes of untouched weights that one task copies
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Work = Callable[[], None]
 
 
 def default_threads() -> int:
@@ -275,7 +277,7 @@ def _start(
         with run.lock:
             run.tallies.update(one.tallies)
 
-    def task(work: Callable[[], None]) -> None:
+    def task(work: Work) -> None:
         if run.stopped.is_set():
             return
         one.begin(run)
@@ -291,17 +293,22 @@ def _start(
     if not one.left:  # asked now: the last task of a small shard may end before this loop does
         one.left = 1
         yield pool.submit(task, lambda: None)
-    # The largest first: a long one at the end would leave the other threads idle.
-    for piece in sorted(touched, key=lambda p: -p.nbytes):
-        scale = scales.get(piece.name)
-        yield pool.submit(task, lambda piece=piece, scale=scale: _fold(run, one, piece, scale))  # type: ignore[misc]
-    for piece in changed:
-        yield pool.submit(task, lambda piece=piece: _convert(run, one, piece))  # type: ignore[misc]
-    for leaf, to, at, length in copies:
-        yield pool.submit(
-            task,
-            lambda leaf=leaf, to=to, at=at, length=length: _copy(run, one, leaf, to, at, length),  # type: ignore[misc]
-        )
+    # The largest first: a long one at the end would leave the other threads idle. Copies lie
+    # evenly between folds: the disk is busy with one while the cores are with the other.
+    touched.sort(key=lambda p: -p.nbytes)
+    folds = [partial(_fold, run, one, piece, scales.get(piece.name)) for piece in touched]
+    changes = [partial(_convert, run, one, piece) for piece in changed]
+    moves = [partial(_copy, run, one, *copy) for copy in copies]
+    for work in _evenly(folds, changes, moves):
+        yield pool.submit(task, work)
+
+
+def _evenly(*lists: Sequence[Work]) -> list[Work]:
+    """Several lists in one, each spread over the whole of it."""
+    placed = [
+        ((i + 0.5) / len(some), n, i) for n, some in enumerate(lists) for i in range(len(some))
+    ]
+    return [lists[n][i] for _, n, i in sorted(placed)]
 
 
 def _scales(shard: OutputShard, touched: Sequence[Piece]) -> dict[str, Piece]:
@@ -322,12 +329,11 @@ def _converts(piece: Piece) -> bool:
 def _copy(run: _Run, one: _Open, leaf: Leaf, to: int, at: int, length: int) -> None:
     assert leaf.source is not None
     fd = one.input(run, leaf.source)
-    if fd is None:
-        disk.write_from(one.fd, memoryview(leaf.source.read(at, length)), to)
-    else:
-        disk.copy_range(fd, one.fd, at, to, length)
-    disk.start_writeback(one.fd, to, length)
-    run.advance(length)
+    with _writer(run, one, to, length) as written:
+        if fd is None:
+            written(memoryview(leaf.source.read(at, length)))
+        else:
+            written.copy(fd, at)
 
 
 def _reader(run: _Run, one: _Open, leaf: Leaf) -> Callable[[int, int], Tensor] | None:
@@ -355,7 +361,7 @@ def _fold(run: _Run, one: _Open, piece: Piece, scale: Piece | None) -> None:
     target = run.targets[piece.name]
     leaf, hashed = target.base, hashlib.sha256()
     rows = None if leaf is None else leaf_rows(leaf, _reader(run, one, leaf))
-    with _writer(run, one, piece) as written:
+    with _writer(run, one, piece.offset, piece.nbytes) as written:
 
         def emit(_start: int, tile: Tensor) -> None:
             run.require_going()
@@ -371,20 +377,20 @@ def _fold(run: _Run, one: _Open, piece: Piece, scale: Piece | None) -> None:
     if scale is not None:
         assert leaf is not None
         raw = stored_scale(leaf, tally.scale)
-        with _writer(run, one, scale) as written:
+        with _writer(run, one, scale.offset, scale.nbytes) as written:
             written(memoryview(raw))
         one.tallies[scale.name] = Tally(digest=hashlib.sha256(raw).hexdigest())
 
 
-def _writer(run: _Run, one: _Open, piece: Piece) -> Writer:
+def _writer(run: _Run, one: _Open, offset: int, nbytes: int) -> Writer:
     assert one.file is not None
-    return Writer(one.file, piece.offset, piece.nbytes, run.advance)
+    return Writer(one.file, offset, nbytes, run.advance)
 
 
 def _convert(run: _Run, one: _Open, piece: Piece) -> None:
     assert piece.base is not None
     rows = leaf_rows(piece.base, _reader(run, one, piece.base))
-    with _writer(run, one, piece) as written:
+    with _writer(run, one, piece.offset, piece.nbytes) as written:
         for tile in _rounded(piece, rows):
             run.require_going()
             written(_bytes(tile))

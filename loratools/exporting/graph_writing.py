@@ -212,11 +212,11 @@ def _placing(file: _File, content: memoryview, at: int) -> Callable[[Desk], int]
 
 def _copying(file: _File, start: int, to: int, length: int) -> Callable[[Desk], int]:
     def task(_: Desk) -> int:
-        if file.input is None:
-            disk.write_from(file.out.fd, memoryview(file.source.read(start, length)), to)
-        else:
-            disk.copy_range(file.input, file.out.fd, start, to, length)
-        disk.start_writeback(file.out.fd, to, length)
+        with Writer(file.out, to, length) as write:
+            if file.input is None:
+                write(memoryview(file.source.read(start, length)))
+            else:
+                write.copy(file.input, start)
         return length
 
     return task

@@ -85,18 +85,30 @@ class SpooledFile:
         self.lock = threading.Lock()
         self.sent: list[Future[None]] = []
 
-    def send(self, portion: Bytes, count: int, offset: int, told: Callable[[int], None]) -> None:
-        """Have the first `count` bytes of a portion written, whose memory is free again then.
+    def send(
+        self, portion: Bytes, first: int, last: int, offset: int, told: Callable[[int], None]
+    ) -> None:
+        """Have the bytes `first` to `last` of a portion written, whose memory is free again then.
 
-        Raises what became of writes before it.
+        `offset` is where in the file the portion begins, a multiple of `BLOCK`. Raises what became
+        of writes before it.
         """
 
         def write() -> None:
+            # The block in which a tensor begins may hold another's end, and the one in which it
+            # ends another's beginning: these are written plainly.
+            view, begin = _view(portion), min(last, -(-first // BLOCK) * BLOCK)
+            end = max(begin, last // BLOCK * BLOCK)
             try:
-                disk.write_direct(self.past, self.fd, _view(portion)[:count], offset)
+                if first < begin:
+                    disk.write_from(self.fd, view[first:begin], offset + first)
+                if begin < end:
+                    disk.write_direct(self.past, self.fd, view[begin:end], offset + begin)
+                if end < last:
+                    disk.write_from(self.fd, view[end:last], offset + end)
             finally:
                 self.spool.free.put(portion)
-            told(count)
+            told(last - first)
 
         with self.lock:
             ended = [f for f in self.sent if f.done()]
@@ -139,7 +151,7 @@ class Writer:
         self.end = offset + nbytes
         self.direct = file.past >= 0 and nbytes >= PORTION
         self.portion: Bytes | None = None
-        self.filled = 0
+        self.first = self.filled = 0  # of the portion
 
     def __enter__(self) -> Writer:
         return self
@@ -152,44 +164,46 @@ class Writer:
         if not self.direct:
             self._plain(raw)
             return
-        # The block in which the tensor begins may hold another's end, and the one in which it
-        # ends another's beginning: these are written plainly.
-        edge = -self.at % BLOCK if self.portion is None else 0
-        if edge:
-            self._plain(raw[:edge])
-            raw = raw[edge:]
-        if not raw:
-            return
         given = np.frombuffer(raw, dtype=np.uint8)
         while len(given):
-            if self.portion is None:
-                self.portion, self.filled = self.file.spool.take(), 0
-            count = min(PORTION - self.filled, len(given))
+            room = self._room()
+            count = min(len(room), len(given))
             # numpy lets other threads run meanwhile, a memoryview does not
-            self.portion[self.filled : self.filled + count] = given[:count]
-            self.filled += count
-            self.at += count
+            room[:count] = given[:count]
+            self._fill(count)
             given = given[count:]
-            if self.filled == PORTION or self.at == self.end:
-                self._send()
 
-    def _send(self) -> None:
-        portion, filled = self.portion, self.filled
+    def copy(self, fd: int, offset: int) -> None:
+        """Write the whole tensor as it lies in another file."""
+        if not self.direct:
+            count = self.end - self.at
+            disk.copy_range(fd, self.file.fd, offset, self.at, count)
+            disk.start_writeback(self.file.fd, self.at, count)
+            self.told(count)
+            return
+        while self.at < self.end:
+            room = self._room()
+            disk.read_into(fd, _view(room), offset + self.at - self.begun)
+            self._fill(len(room))
+
+    def _room(self) -> Bytes:
+        """What is free of the present portion, and no more than the tensor still has."""
+        if self.portion is None:
+            self.portion = self.file.spool.take()
+            self.first = self.filled = self.at % BLOCK
+        return self.portion[self.filled : min(PORTION, self.filled + self.end - self.at)]
+
+    def _fill(self, count: int) -> None:
+        portion, self.filled, self.at = self.portion, self.filled + count, self.at + count
         assert portion is not None
-        start, whole = self.at - filled, filled // BLOCK * BLOCK
-        if whole < filled:
-            rest = _view(portion)[whole:filled]
-            disk.write_from(self.file.fd, rest, start + whole)
-            self.told(len(rest))
-        self.portion = None
-        self.file.send(portion, whole, start, self.told)
+        if self.filled == PORTION or self.at == self.end:
+            self.portion = None
+            self.file.send(portion, self.first, self.filled, self.at - self.filled, self.told)
 
     def _plain(self, raw: memoryview) -> None:
         disk.write_from(self.file.fd, raw, self.at)
         self.at += len(raw)
-        if self.direct:
-            self.told(len(raw))
-        elif self.at - self.begun >= WRITEBACK or self.at == self.end:
+        if self.at - self.begun >= WRITEBACK or self.at == self.end:
             disk.start_writeback(self.file.fd, self.begun, self.at - self.begun)
             self.told(self.at - self.begun)
             self.begun = self.at

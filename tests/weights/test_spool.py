@@ -288,8 +288,8 @@ def test_a_failure_is_told_when_nothing_is_on_its_way_any_more(tmp_path, watched
 
     watched.direct, watched.plain = answer, fails_with(errno.ENOSPC)
     with spooled(tmp_path / "out", 2 * PORTION) as file:
-        file.send(file.spool.take(), BLOCK, 0, lambda _: None)
-        file.send(file.spool.take(), PORTION, PORTION, lambda _: None)
+        file.send(file.spool.take(), 0, BLOCK, 0, lambda _: None)
+        file.send(file.spool.take(), 0, PORTION, PORTION, lambda _: None)
         fails.set()
         told: list[str] = []
 
@@ -324,10 +324,38 @@ def test_a_writer_that_is_left_gives_its_portion_back(tmp_path, watched):
 def test_a_rest_that_is_not_taken_gives_its_portion_back(tmp_path, watched):
     watched.plain = fails_with(errno.ENOSPC)
     with spooled(tmp_path / "out", PORTION + 9) as file:
-        with pytest.raises(StorageError), Writer(file, 0, PORTION + 9) as written:
+        with Writer(file, 0, PORTION + 9) as written:
             written(memoryview(bytes(PORTION + 9)))
-        file.wait()
+        refused("disk_full", file.wait)
     assert watched.asked == [PORTION]
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(("size", "at"), [(9, 0), (PORTION, 3), (5 * PORTION + 70, BLOCK - 1)])
+def test_a_copy_of_another_files_bytes(tmp_path, watched, direct, size, at):
+    data = known(size + at)
+    (tmp_path / "in").write_bytes(b"before" + data[at:])
+    told: list[int] = []
+    with (
+        spooled(tmp_path / "out", len(data), direct=direct) as file,
+        open(tmp_path / "in", "rb") as source,
+    ):
+        with Writer(file, at, size, told.append) as written:
+            written.copy(source.fileno(), 6)
+        file.wait()
+    assert (tmp_path / "out").read_bytes()[at:] == data[at:]
+    assert sum(told) == size
+    assert sum(watched.asked) == (past_the_cache(at, size) if direct else 0)
+
+
+def test_a_source_that_ends_early_is_told_and_no_portion_is_lost(tmp_path, watched):
+    (tmp_path / "in").write_bytes(bytes(3 * PORTION - 1))
+    with (
+        spooled(tmp_path / "out", 3 * PORTION) as file,
+        open(tmp_path / "in", "rb") as source,
+        Writer(file, 0, 3 * PORTION) as written,
+    ):
+        refused("storage", written.copy, source.fileno(), 0)
 
 
 def test_no_memory_for_a_portion_is_no_portion_less(tmp_path, monkeypatch):
