@@ -30,6 +30,7 @@ TORCH_NAMES: dict[str, str] = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+_STORED_NAMES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
 _SMALL = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b"}
 
@@ -122,8 +123,7 @@ class Leaf:
     def of(name: str, tensor: torch.Tensor) -> Leaf:
         """A leaf that holds a tensor already in memory."""
         dtype = str(tensor.dtype).removeprefix("torch.")
-        names = {v: k for k, v in TORCH_NAMES.items()}
-        return Leaf(name, names[dtype], tuple(tensor.shape), held=tensor)
+        return Leaf(name, _STORED_NAMES[dtype], tuple(tensor.shape), held=tensor)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -49,8 +49,6 @@ COUNTED = 64
 APART = 4  # tiles of which one is looked at, in so many times the rows: a look has its fixed price
 SMALL = 1 << 16  # elements of a tensor all of whose rows are measured
 DEVICE_TILE = 1 << 24  # a GPU wants work in larger portions
-
-_CPU = torch.device("cpu")
 
 Emit = Callable[[int, Tensor], None]  # (start, rows in the output dtype, on the CPU)
 
@@ -131,7 +129,7 @@ def fold_target(
             yield start, wide(start, stop)
             desk.wait()  # the next read goes into the same pinned memory
 
-    moved = _weighted(target, desk.device)
+    moved = weighted(target, desk.device)
     in_any_order = cut is None and only_rows is None  # a truncation's factors are not
     exact = LowRankSum.of(moved, (height, width)) if in_any_order else None
     terms = _ready(moved, first_pass, cut, tally)
@@ -260,7 +258,7 @@ def exactly_rounded(target: Target) -> bool:
     )
 
 
-def _weighted(target: Target, device: torch.device) -> list[tuple[float, Kind]]:
+def weighted(target: Target, device: torch.device) -> list[tuple[float, Kind]]:
     """A target's weighted terms in stored orientation, on the device."""
     return [
         (
@@ -358,46 +356,3 @@ def fold_tensor(
         )
     whole = torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
     return whole.reshape(target.shape).to(device), tally
-
-
-def sample_rows(height: int, count: int = 8) -> list[int]:
-    """`count` rows spread evenly over a tensor."""
-    return sorted({(2 * i + 1) * height // (2 * count) for i in range(count)}) if height else []
-
-
-def _of_rows(target: Target, rows: Sequence[int], read: Rows) -> tuple[Target, Tensor]:
-    """A target of low-rank terms with some of its rows alone, and these of its base."""
-    assert target.base is not None
-    shape = (len(rows), *target.shape[1:])
-    terms = []
-    for term, (weight, delta) in zip(target.terms, _weighted(target, _CPU), strict=True):
-        assert isinstance(delta, LowRank)
-        some = replace(delta, b=held(delta.b.tensor()[rows], delta.b.name))
-        place = replace(term.place, transposed=False)
-        terms.append(replace(term, delta=some, weight=weight, place=place))
-    stored = torch.cat([read(row, row + 1).clone() for row in rows])
-    base = replace(held(stored.view(shape), target.name), dtype=target.base.dtype)
-    return replace(target, shape=shape, base=base, terms=tuple(terms)), stored
-
-
-def fold_sample(target: Target, *, dtype: torch.dtype, cut: Cut | None = None) -> Tally:
-    """The tally of a few rows of one target, read from the base: what a fold would keep.
-
-    For several threads at once, within `one_thread`.
-    """
-    leaf, desk = target.base, Desk(torch.device("cpu"))
-    assert leaf is not None
-    rows, read = sample_rows(min(extents(leaf.shape)[0], extents(target.shape)[0])), leaf_rows(leaf)
-    with desk.at_work():
-        if rows and cut is None and leaf.shape == target.shape and exactly_rounded(target):
-            target, stored = _of_rows(target, rows, read)
-            rows, read = list(range(len(rows))), lambda start, stop: stored[start:stop]
-        return fold_target(
-            target,
-            read,
-            lambda *_: None,
-            dtype=dtype,
-            desk=desk,
-            cut=cut,
-            only_rows=rows,
-        )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loratools import desk, folding
 from loratools.adapter import Dense, Leaf, LowRank, Renormed, Replace
-from loratools.folding import Cut, fold_sample, fold_target, fold_tensor, leaf_rows, sample_rows
+from loratools.folding import Cut, fold_target, fold_tensor, leaf_rows
 from tests.examples_of_deltas import (
     EXAMPLES,
     MIXABLE,
@@ -199,7 +199,6 @@ def test_empty_and_single_tensors(shape):
     require_rounded_once(found, exact(base) + 0.5 * exact(tensor(2, *shape)))
     assert tally.elements == base.numel()
     assert tally.update_kept == (pytest.approx(1, abs=1e-6) if base.numel() else None)
-    assert fold_sample(one, dtype=torch.float32).elements <= base.numel()
 
 
 # ------------------------------------------------------------------------------- new rows
@@ -295,28 +294,6 @@ def test_an_update_below_the_dtypes_steps_is_seen_as_lost():
     mixed = Dense(Leaf.of("d", torch.tensor([[1e-4, 1.0]]).repeat(64, 32)))
     one = target("w", Leaf.of("w", base), (64, 64), (1.0, mixed))
     assert fold_tensor(one, base, dtype=torch.bfloat16)[1].update_kept == pytest.approx(1, abs=1e-7)
-
-
-def test_a_sample_sums_the_same_rows():
-    base, w0 = stored(numbers(1, 100, 5), torch.float16)
-    delta = Renormed(pair(2, (100, 5)), lengths(3, 5), "in")
-    one = target("w", from_bytes(Leaf.of("w", base)), (100, 5), (1.0, delta))
-    rows = sample_rows(100)
-    assert rows == sorted(set(rows))
-    assert len(rows) == 8
-    tally = fold_sample(one, dtype=torch.float16)
-    update = (folded(delta, w0) - w0)[rows]
-    assert tally.elements == 40
-    assert tally.update == pytest.approx(np.sum(update**2), rel=1e-9)
-    assert tally.base == pytest.approx(np.sum(w0[rows] ** 2), rel=1e-12)
-    assert tally.along == pytest.approx(np.sum(w0[rows] * update), rel=1e-9)
-
-
-@given(height=st.integers(0, 40), count=st.integers(1, 12))
-def test_sampled_rows_exist_and_are_as_many_as_can_be(height, count):
-    rows = sample_rows(height, count)
-    assert len(rows) == min(height, count)
-    assert all(0 <= r < height for r in rows)
 
 
 @pytest.mark.usefixtures("grid")

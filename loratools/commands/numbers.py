@@ -13,10 +13,11 @@ from loratools.adapter import FLOATS, Adapter, Experts, Leaf, LowRank, leaves
 from loratools.desk import one_thread
 from loratools.errors import Problem, Severity, shown
 from loratools.exporting.requantised import sample_codes, source_of
-from loratools.folding import Cut, Tally, fold_sample, torch_dtype
+from loratools.folding import Cut, Tally, torch_dtype
 from loratools.narrowing import not_finite
 from loratools.plan import Plan
 from loratools.runtime import distinct
+from loratools.sampling import expect_samples, fold_sample, is_light
 from loratools.streaming import default_threads
 
 KEPT = 0.9  # below this share of the update a fold warns, and as far above 1
@@ -114,7 +115,13 @@ def sampled(
         return fold_sample(plan.targets[name], dtype=torch_dtype(out), cut=cut)
 
     names = [n for n, t in plan.targets.items() if t.base is not None and t.terms]
-    with one_thread(), ThreadPoolExecutor(default_threads(), "sample") as pool:
+    targets = [plan.targets[n] for n in names]
+    # Of light samples Python's own share is most: threads would wait for each other.
+    light = all(is_light(t, cut) and source_of(t) is None for t in targets)
+    if light:
+        expect_samples(targets)
+    threads = 1 if light else default_threads()
+    with one_thread(), ThreadPoolExecutor(threads, "sample") as pool:
         tallies = dict(zip(names, pool.map(one, names), strict=True))
     problems = [*_zeros(plan, tallies), *_too_large(plan, tallies), *_there_already(tallies)]
     kept = pooled(tallies.values())

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +81,19 @@ class LocalFile:
                 "run again when nothing writes to it",
             )
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Has the system begin to read (offset, length) ranges, where it takes such advice."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        fd, _ = self._open()
+        try:
+            for offset, length in ranges:
+                os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # it was advice: who reads it finds out why
+        finally:
+            os.close(fd)
 
     def fingerprint(self) -> str:
         """The sha256 of the whole content, in hex; raises what `read` raises."""

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loratools.desk import Desk
-from loratools.folding import Cut, Tally, fold_target, sample_rows
+from loratools.folding import Cut, Tally, fold_target
 from loratools.plan import Target
+from loratools.sampling import sample_rows
 from loratools.weights.quantised import Quantised
 from loratools.weights.requantising import (
     KINDS,

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from loratools.adapter import Kind, Leaf, LowRank, Renormed, Replace
 from loratools.algebra import matrix, widen
-from loratools.folding import TILE, Cut, extents, fold_target, leaf_rows, sample_rows, torch_dtype
+from loratools.folding import TILE, Cut, extents, fold_target, leaf_rows, torch_dtype
 from loratools.narrowing import narrow
 from loratools.plan import Target
 from loratools.proving.differences import Difference, Mismatch
 from loratools.proving.rules import EXACT, F64, Rule, Span, prepared, replayed, rules_for
 from loratools.rewriting import as_stored, transpose
+from loratools.sampling import sample_rows
 from loratools.stored import scale_of
 
 SIGMAS = 5

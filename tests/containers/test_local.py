@@ -1,5 +1,6 @@
 """Local files as sources: what is refused at once, and what is noticed when a file changes."""
 
+import errno
 import hashlib
 import os
 import socket
@@ -35,6 +36,23 @@ def test_what_lies_outside_is_refused_before_anything_is_allocated(file, offset,
     with pytest.raises(LoratoolsError, match="the file has 768") as caught:
         LocalFile(file).read(offset, length)
     assert caught.value.code == "storage"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_advice_changes_nothing_and_may_be_refused(file, monkeypatch):
+    given = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *said: given.append(said))
+    LocalFile(file).expect([(5, 10), (700, 4000)])
+    assert given == [(5, 10, os.POSIX_FADV_WILLNEED), (700, 4000, os.POSIX_FADV_WILLNEED)]
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    LocalFile(file).expect([(0, 768)])
+    monkeypatch.delattr(os, "posix_fadvise")
+    LocalFile(file).expect([(0, 768)])
+    assert LocalFile(file).read(0, 768) == CONTENT
 
 
 def test_knows_the_file_it_was_given(file):
