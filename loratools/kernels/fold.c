@@ -11,6 +11,7 @@
 #define BLOCK 256
 #define ROWS 6 /* as many as leave registers free */
 #define LANES 8
+#define NEAR (1 << 16)
 #define INLINE static inline __attribute__((always_inline))
 
 /* The newest instructions that the machine has, chosen when the library is loaded. */
@@ -176,18 +177,30 @@ INLINE int64_t fold(int base, int dtype, const char *raw, const double *b, const
     float single[BLOCK];
     const double *some[ROWS];
     int from = base == SINGLE ? 4 : 2, into = dtype == SINGLE ? 4 : 2;
-    for (int64_t start = 0; start < width; start += BLOCK) {
-        int n = width - start < BLOCK ? (int)(width - start) : BLOCK;
+    /* As many columns at a time as leave their part of A in the second cache. */
+    int64_t many = NEAR / (rank * BLOCK), step = (many > 1 ? many : 1) * BLOCK;
+    for (int64_t left = 0; left < width; left += step) {
+        int64_t right = width - left < step ? width : left + step;
         for (int64_t first = 0; first < rows; first += ROWS) {
             for (int i = 0; i < ROWS; i++) { /* the last row stands for those that are not there */
                 some[i] = b + (first + i < rows ? first + i : rows - 1) * rank;
             }
-            multiply(some, panels + start * rank, rank, (n + LANES - 1) / LANES, sums);
-            for (int i = 0; i < ROWS && first + i < rows; i++) {
-                int64_t place = (first + i) * width + start;
-                double *here = sums + i * BLOCK;
-                add(base, raw + place * from, here, single, n);
-                if (!finish(dtype, here, single, out + place * into, n, place, &to)) return -1;
+            for (int64_t start = left; start < right; start += BLOCK) {
+                int n = right - start < BLOCK ? (int)(right - start) : BLOCK;
+                multiply(some, panels + start * rank, rank, (n + LANES - 1) / LANES, sums);
+                for (int i = 0; i < ROWS && first + i < rows; i++) {
+                    int64_t place = (first + i) * width + start;
+                    double *here = sums + i * BLOCK;
+                    /* The rows after these: too far away for the machine to see them coming. */
+                    for (int at = 0; at < n * from; at += 64) {
+                        __builtin_prefetch(raw + (place + ROWS * width) * from + at);
+                    }
+                    for (int at = 0; at < n * into; at += 64) {
+                        __builtin_prefetch(out + (place + ROWS * width) * into + at, 1);
+                    }
+                    add(base, raw + place * from, here, single, n);
+                    if (!finish(dtype, here, single, out + place * into, n, place, &to)) return -1;
+                }
             }
         }
     }
