@@ -12,23 +12,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from loratools.adapter import DTYPE_BITS, Leaf, Source
+from loratools.adapter import Leaf, Source
 from loratools.containers.local import LocalFile
 from loratools.desk import Desk, one_thread
 from loratools.errors import error, shown
-from loratools.folding import Cut, Rows, Tally, extents, fold_target, leaf_rows, torch_dtype
-from loratools.narrowing import narrow, not_finite
+from loratools.folding import Cut, Tally, fold_target, leaf_rows, torch_dtype
 from loratools.plan import Target
 from loratools.stored import stored_scale
+from loratools.untouched import as_bytes, converts, rounded
 from loratools.weights import disk
 from loratools.weights.layout import OutputShard, Piece, runs
 from loratools.weights.publishing import Output
-from loratools.weights.spool import WRITEBACK, Spool, SpooledFile, Writer
+from loratools.weights.spool import Spool, SpooledFile, Writer
 
 COPY = 64 << 20  # bytes of untouched weights that one task copies
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -155,44 +154,6 @@ def stream(
     return Streamed(run.tallies, total, tuple(continued))
 
 
-def is_whole(path: Path, record: str, shards: Sequence[OutputShard]) -> bool:
-    """Whether a shard of an interrupted run has every byte that it should: digests of its touched
-    tensors, and the base's own numbers elsewhere.
-    """
-    # A pipeline's shards are paths, and no shard's path ends with another's.
-    shard = next((s for s in shards if path.as_posix().endswith(f"/{s.name}")), None)
-    if shard is None:
-        return False
-    tallies, file = json.loads(record), LocalFile(path)
-    if file.size != shard.size or file.read(0, len(shard.header)) != shard.header:
-        return False
-    for piece in shard.pieces:
-        at, hashed = piece.offset, hashlib.sha256()
-        if piece.name not in tallies:
-            for wanted in _untouched(piece):
-                if file.read(at, len(wanted)) != wanted:
-                    return False
-                at += len(wanted)
-            continue
-        for start in range(at, at + piece.nbytes, WRITEBACK):
-            hashed.update(file.read(start, min(WRITEBACK, at + piece.nbytes - start)))
-        if tallies[piece.name]["digest"] != hashed.hexdigest():
-            return False
-    return True
-
-
-def _untouched(piece: Piece) -> Iterator[bytes | memoryview]:
-    """The bytes of a tensor that no adapter touches."""
-    leaf = piece.base
-    assert leaf is not None
-    if _converts(piece):
-        yield from map(_bytes, _rounded(piece, leaf_rows(leaf)))
-        return
-    assert leaf.source is not None
-    for at in range(0, piece.nbytes, WRITEBACK):
-        yield leaf.source.read(leaf.offset + at, min(WRITEBACK, piece.nbytes - at))
-
-
 class _Run:
     """What the threads share."""
 
@@ -258,14 +219,20 @@ def _start(
     flusher: ThreadPoolExecutor,
 ) -> Iterator[Future[None]]:
     """Queue one shard: its tensors as tasks, its sync behind the last of them."""
-    touched = [p for p in shard.pieces if p.name in run.targets and run.targets[p.name].terms]
+    pieces = shard.pieces if shard.whole is None else ()
+    touched = [p for p in pieces if p.name in run.targets and run.targets[p.name].terms]
     scales = _scales(shard, touched)
     names = {p.name for p in (*touched, *scales.values())}
-    changed = [p for p in shard.pieces if p.name not in names and _converts(p)]
-    as_bytes = runs(shard.pieces, lambda p: p.name not in names and not _converts(p))
+    changed = [p for p in pieces if p.name not in names and converts(p)]
+    areas = [
+        (leaf.source, at, leaf.offset, length)
+        for leaf, at, length in runs(pieces, lambda p: p.name not in names and not converts(p))
+    ]
+    if shard.whole is not None:
+        areas = [(shard.whole, 0, 0, shard.size)]
     copies = [
-        (leaf, at + part, leaf.offset + part, min(COPY, length - part))
-        for leaf, at, length in as_bytes
+        (source, to + part, at + part, min(COPY, length - part))
+        for source, to, at, length in areas
         for part in range(0, length, COPY)
     ]
     one = _Open(shard, output.folder / shard.name, len(touched) + len(changed) + len(copies))
@@ -321,17 +288,12 @@ def _scales(shard: OutputShard, touched: Sequence[Piece]) -> dict[str, Piece]:
     }
 
 
-def _converts(piece: Piece) -> bool:
-    leaf = piece.base
-    return leaf is None or piece.dtype != leaf.dtype or leaf.strides is not None or not leaf.source
-
-
-def _copy(run: _Run, one: _Open, leaf: Leaf, to: int, at: int, length: int) -> None:
-    assert leaf.source is not None
-    fd = one.input(run, leaf.source)
+def _copy(run: _Run, one: _Open, source: Source | None, to: int, at: int, length: int) -> None:
+    assert source is not None
+    fd = one.input(run, source)
     with _writer(run, one, to, length) as written:
         if fd is None:
-            written(memoryview(leaf.source.read(at, length)))
+            written(memoryview(source.read(at, length)))
         else:
             written.copy(fd, at)
 
@@ -350,7 +312,7 @@ def _reader(run: _Run, one: _Open, leaf: Leaf) -> Callable[[int, int], Tensor] |
             buffer = torch.empty(length, dtype=torch.uint8, pin_memory=pinned)
             desk.buffers[key] = buffer
         view = buffer[:length]
-        disk.read_into(fd, _bytes(view), offset)
+        disk.read_into(fd, as_bytes(view), offset)
         return view
 
     return into
@@ -365,7 +327,7 @@ def _fold(run: _Run, one: _Open, piece: Piece, scale: Piece | None) -> None:
 
         def emit(_start: int, tile: Tensor) -> None:
             run.require_going()
-            raw = _bytes(tile)
+            raw = as_bytes(tile)
             hashed.update(raw)
             written(raw)
 
@@ -391,29 +353,6 @@ def _convert(run: _Run, one: _Open, piece: Piece) -> None:
     assert piece.base is not None
     rows = leaf_rows(piece.base, _reader(run, one, piece.base))
     with _writer(run, one, piece.offset, piece.nbytes) as written:
-        for tile in _rounded(piece, rows):
+        for tile in rounded(piece, rows):
             run.require_going()
-            written(_bytes(tile))
-
-
-def _rounded(piece: Piece, rows: Rows) -> Iterator[Tensor]:
-    """A tensor that no adapter touches, in the output's dtype (or from strides of a torch file)."""
-    leaf, dtype = piece.base, torch_dtype(piece.dtype)
-    assert leaf is not None
-    height, width = extents(leaf.shape)
-    step = max(1, WRITEBACK * 8 // (DTYPE_BITS[leaf.dtype] * max(1, width)) // 4)
-    for start in range(0, height, step):
-        tile = rows(start, min(start + step, height))
-        if piece.dtype != leaf.dtype:
-            values = tile.to(torch.float64)
-            tile = narrow(values, dtype)
-            if not_finite(tile) > not_finite(values):
-                raise error(
-                    "overflow", f"{shown(piece.name)} does not fit {piece.dtype}; try --dtype fp32"
-                )
-        yield tile.contiguous()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+            written(as_bytes(tile))

@@ -15,7 +15,8 @@ import torch
 
 from loratools.cli import main
 from loratools.errors import LoratoolsError, StorageError
-from loratools.streaming import is_whole, stream
+from loratools.streaming import stream
+from loratools.untouched import is_whole
 from loratools.weights.publishing import publish
 from tests.bases import shard as headed
 from tests.examples_of_deltas import pair

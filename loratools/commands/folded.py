@@ -20,7 +20,8 @@ from loratools.desk import choose_device
 from loratools.errors import Problem, error, shown
 from loratools.folding import Cut, Tally
 from loratools.plan import Plan
-from loratools.streaming import is_whole, stream
+from loratools.streaming import stream
+from loratools.untouched import is_whole
 from loratools.weights.layout import OutputShard, index_files, plan_shards
 from loratools.weights.placing import resolved
 from loratools.weights.publishing import publish
@@ -87,7 +88,7 @@ def fold(
         judged,
         method=recipe["method"],
         out=out,
-        notes=(*companions.notes, *_whole(plan)),
+        notes=(*companions.notes, *_pickled(shards), *_whole(plan)),
         dry_run=dry_run,
         device=str(where),
     )
@@ -186,6 +187,16 @@ def announced(
         dry_run=dry_run,
         device=device,
     )
+
+
+def _pickled(shards: Sequence[OutputShard]) -> list[str]:
+    """That files stay torch's, which not every reader takes."""
+    files = [shard.name for shard in shards if shard.whole is not None]
+    if not files:
+        return []
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    remedy = "push takes no pickles, and --dtype makes safetensors of every component"
+    return [f"{shown(files[0])}{more}: copied as no adapter touches what is in there; {remedy}"]
 
 
 def _whole(plan: Plan) -> list[str]:

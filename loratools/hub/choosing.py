@@ -306,6 +306,20 @@ def _small_json(path: Path, sort: type[Any] = dict) -> Any:
     return table if isinstance(table, sort) else sort()
 
 
+def _components_of_pickles(
+    weights: Sequence[str], skipped: Sequence[tuple[str, str]]
+) -> Iterator[Problem]:
+    """Components of a pipeline all of whose weights are pickles, which are not sent."""
+    there = {PurePosixPath(name).parent for name in weights}
+    for name, why in skipped:
+        folder = PurePosixPath(name).parent
+        if why == PICKLED and folder not in there and folder != PurePosixPath():
+            there.add(folder)
+            message = f"{shown(name)}: the only weights of {shown(str(folder))}, and {PICKLED}"
+            remedy = "merge --dtype makes safetensors of every component"
+            yield Problem("pickled", message, target=name, remedy=remedy)
+
+
 def _mixed(
     kind: Kind | None,
     taken: Sequence[str],
@@ -330,7 +344,10 @@ def _mixed(
                 message = f"model_index.json names {shown(name)}, and no such folder is there"
                 yield unpublishable(message, name)
     weights = (".safetensors", ".gguf", ".onnx", ".onnx_adapter", ".npz", ".ort")
-    if not any(n.endswith(weights) for n in taken):
+    pickled = list(_components_of_pickles([n for n in taken if n.endswith(weights)], skipped))
+    if kind == "pipeline" and pickled:
+        yield from pickled
+    elif not any(n.endswith(weights) for n in taken):
         dangerous = [n for n, why in skipped if why == PICKLED]
         if dangerous:
             message = f"{listed(dangerous)}: the only weights, and {PICKLED}"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from loratools.adapter import DTYPE_BITS, FLOATS, Leaf
+from loratools.adapter import DTYPE_BITS, FLOATS, Leaf, Source
 from loratools.containers import safetensors
+from loratools.containers.strict_json import loads
 from loratools.errors import error, shown
-from loratools.weights.base import Base, Shard
+from loratools.weights.base import INDEX_LIMIT, Base, Shard
 from loratools.weights.scaled import described, unread, unscaled
 
 INDEX = "model.safetensors.index.json"
@@ -41,6 +42,7 @@ class OutputShard:
     """One file to write: its header and its tensors in file order.
 
     The file holds the pieces' names without `prefix`, which is that of a pipeline's component.
+    With `whole` it is a copy of that file, and the pieces say what is in it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class OutputShard:
     size: int
     pieces: tuple[Piece, ...]
     prefix: str = ""
+    whole: Source | None = None
 
 
 def plan_shards(
@@ -65,13 +68,17 @@ def plan_shards(
     `shapes` are the output shapes of weights that change; `new` are weights the base does not
     store (with the leaf they start from, if any), which go to the end of the last shard. `dtype`
     is given to every floating tensor, and scales of fp8 weights go; None keeps each tensor's own,
-    and new ones take the base's commonest, but for `dtypes` (counts and masks of a head). Raises
-    `duplicate`.
+    and new ones take the base's commonest, but for `dtypes` (counts and masks of a head). A torch
+    file of a pipeline's component that nothing changes is copied whole. Raises `duplicate`.
     """
     added = dict(new or {})
+    changed = {shard.prefix for shard in base.shards if dtype or shapes.keys() & shard.leaves}
     common = common_dtype(base)
     shards = []
     for number, shard in enumerate(base.shards):
+        if shard.prefix and shard.prefix not in changed and not shard.digest:
+            shards.append(_copied(base, shard))
+            continue
         rows: list[safetensors.Described] = []
         origin: dict[str, Leaf | None] = {}
         gone = unscaled(shard.leaves) if dtype else set[str]()
@@ -109,6 +116,13 @@ def plan_shards(
         if count > 1:
             raise error("duplicate", f"{count} shards of the base would become {shown(name)}")
     return tuple(shards)
+
+
+def _copied(base: Base, shard: Shard) -> OutputShard:
+    component, _, file = shard.name.partition("/")
+    source = base.bundle.inner(component).open(file)
+    pieces = tuple(Piece(n, x.dtype, x.shape, x.offset, x) for n, x in shard.leaves.items())
+    return OutputShard(shard.name, b"", source.size, pieces, shard.prefix, source)
 
 
 def _metadata(base: Base, shard: Shard) -> dict[str, str]:
@@ -163,11 +177,30 @@ def index_files(base: Base, shards: Iterable[OutputShard]) -> dict[str, bytes]:
     found = {}
     for folder, here in folders.items():
         own = base.indexes.get(folder)
+        kept = _kept_index(base, folder, here)
+        if kept is not None:
+            found[f"{folder}/{own}"] = kept
+            continue
         name = re.sub(r"^pytorch_(?=model\.bin)", "", own) if own else INDEX
         name = name.replace(".bin.", ".safetensors.")
         if own or len(here) > 1:
             found[name if folder == "." else f"{folder}/{name}"] = index_json(here)
     return found
+
+
+def _kept_index(base: Base, folder: str, shards: Sequence[OutputShard]) -> bytes | None:
+    """A component's index as it stands, if the output's tensors are still where it says."""
+    own = base.indexes.get(folder)
+    if own is None:
+        return None
+    kept = base.bundle.inner(folder).read(own, INDEX_LIMIT)
+    if all(shard.whole is not None for shard in shards):
+        return kept
+    said, true = loads(kept, own, limit=INDEX_LIMIT), json.loads(index_json(shards))
+    total = said.get("metadata")
+    total = total.get("total_size") if isinstance(total, dict) else None
+    same = said["weight_map"] == true["weight_map"]
+    return kept if same and total in (None, true["metadata"]["total_size"]) else None
 
 
 def index_json(shards: Iterable[OutputShard]) -> bytes:

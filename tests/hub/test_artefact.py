@@ -332,6 +332,26 @@ def test_a_pipeline_needs_the_components_that_its_index_names(tmp_path):
     assert "samples/config.json" in dict(found.skipped)
 
 
+def test_a_component_that_is_only_a_pickle(tmp_path):
+    index = {"_class_name": "P", "unet": ["diffusers", "U"], "text_encoder": ["transformers", "T"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for folder in ("unet", "text_encoder"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+        torch.save({"w": torch.zeros(1)}, tmp_path / folder / "pytorch_model.bin")
+    save_file({"w": torch.zeros(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    found = artefact(tmp_path)
+    assert "unet/pytorch_model.bin" in dict(found.skipped)
+    [problem] = found.problems
+    assert (problem.code, problem.target) == ("pickled", "text_encoder/pytorch_model.bin")
+    assert "the only weights of text_encoder" in problem.message
+    assert problem.advice == "merge --dtype makes safetensors of every component"
+
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    both = sorted((p.code, p.target) for p in artefact(tmp_path).problems)
+    assert both == [("pickled", f"{n}/pytorch_model.bin") for n in ("text_encoder", "unet")]
+
+
 def graph(path: Path, location: str | None) -> None:
     weight = numpy_helper.from_array(torch.rand(64).numpy(), "w")
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [64])

@@ -365,7 +365,7 @@ def test_an_interrupted_fold_goes_on_with_whole_components(tmp_path, monkeypatch
 
     def failing(run, one, piece, scale):
         if one.shard.name.startswith("text_encoder") and not kept:
-            while f"unet/{WEIGHTS}" not in json.dumps(_progress(out)):
+            while f"unet/{WEIGHTS}" not in json.dumps(progress(out)):
                 os.sched_yield() if hasattr(os, "sched_yield") else None
             kept.append(piece.name)
             raise KeyboardInterrupt
@@ -382,6 +382,6 @@ def test_an_interrupted_fold_goes_on_with_whole_components(tmp_path, monkeypatch
     assert verify(out, base=base, adapters=[adapter], require="replay").ok
 
 
-def _progress(out: Path) -> object:
+def progress(out: Path) -> object:
     path = out.with_name("out.partial") / ".progress.json"
     return json.loads(path.read_text()) if path.exists() else {}
