@@ -196,7 +196,7 @@ def _pickled(shards: Sequence[OutputShard]) -> list[str]:
         return []
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     remedy = "push takes no pickles, and --dtype makes safetensors of every component"
-    return [f"{shown(files[0])}{more}: copied as no adapter touches what is in there; {remedy}"]
+    return [f"{shown(files[0])}{more}: copied as is, touched by no adapter; {remedy}"]
 
 
 def _whole(plan: Plan) -> list[str]:

@@ -57,8 +57,8 @@ def test_a_torch_file_is_copied_and_that_is_said(zipped, tmp_path):
     untouched(base, out, "vae/")
     [note] = [n for n in result.notes if "pytorch_model.bin" in n]
     assert note == (
-        "text_encoder/pytorch_model.bin: copied as no adapter touches what is in there; push takes "
-        "no pickles, and --dtype makes safetensors of every component"
+        "text_encoder/pytorch_model.bin: copied as is, touched by no adapter; push takes no "
+        "pickles, and --dtype makes safetensors of every component"
     )
     proof = verify(out, base=base, adapters=[adapter], require="replay")
     assert (proof.ok, proof.proved) == (True, "replay")
