@@ -137,11 +137,11 @@ FOLD = (
 def fold() -> list[Row]:
     """Fold of rank 16 on all linear layers into 4.57 GB of bfloat16 shards, against cp + sync."""
     base, adapter, out = _base(), _adapter(), WORK / "folded"
-    warm(base)
 
     def ours() -> float:
         shutil.rmtree(out, ignore_errors=True)
         os.sync()
+        warm(base)
         seconds = child(FOLD, adapter, base, out)["seconds"]
         shutil.rmtree(out)
         return seconds
@@ -211,13 +211,13 @@ def image() -> list[Row]:
     base = models.sdxl(WORK / "sdxl" / "sdxl.safetensors")
     adapter = models.sdxl_lora(WORK / "sdxl-lora.safetensors")
     out = WORK / "folded.safetensors"
-    warm(base.parent)
     peaks = []
 
     def ours() -> float:
         for path in (out, out.with_name(f"{out.name}.loratools.json")):
             path.unlink(missing_ok=True)
         os.sync()
+        warm(base.parent)
         result = child(FOLD, adapter, base, out)
         peaks.append(result["peak_mib"])
         out.unlink()

@@ -84,10 +84,10 @@ def graph_fold(size: int = SIZE, layers: int = LAYERS, rounds: int = 3) -> list[
     base = graph(WORK / f"graph-{size}-{layers}", size, layers)
     lora = adapter(WORK / f"graph-lora-{size}-{layers}", size, layers)
     out, peaks = WORK / "graph-folded", list[float]()
-    warm(base.parent)
 
     def ours() -> float:
         shutil.rmtree(out, ignore_errors=True)
+        warm(base.parent)
         result = child(FOLD, lora, base, out)
         shutil.rmtree(out)
         peaks.append(result["peak_mib"])

@@ -80,6 +80,7 @@ def copy_and_sync(source: Path, to: Path) -> float:
     """`cp -r` of a folder followed by `sync`; the copy is removed again."""
     shutil.rmtree(to, ignore_errors=True)
     os.sync()
+    warm(source)
     seconds = clock(
         lambda: subprocess.run(f"cp -r '{source}' '{to}' && sync", shell=True, check=True)
     )
@@ -88,7 +89,10 @@ def copy_and_sync(source: Path, to: Path) -> float:
 
 
 def warm(folder: Path) -> None:
-    """Bring a folder's files into the page cache, so that both sides read from memory."""
+    """Bring a folder's files into the page cache, so that both sides read from memory.
+
+    Before each run: a host that wants its memory back takes files out of the cache meanwhile.
+    """
     for path in folder.iterdir():
         with open(path, "rb") as file:
             while file.read(1 << 24):
