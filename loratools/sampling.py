@@ -32,6 +32,11 @@ def is_light(target: Target, cut: Cut | None) -> bool:
     )
 
 
+def is_near(target: Target) -> bool:
+    """Whether its base is in memory or in a local file: elsewhere each row is a request."""
+    return target.base is None or isinstance(target.base.source, LocalFile | None)
+
+
 def expect_samples(targets: Iterable[Target]) -> None:
     """Has the system read the rows that `fold_sample` will ask local files for."""
     ranges: dict[LocalFile, list[tuple[int, int]]] = {}

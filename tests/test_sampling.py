@@ -10,7 +10,7 @@ from loratools.adapter import Dense, Leaf, Renormed
 from loratools.containers.local import LocalFile
 from loratools.errors import LoratoolsError
 from loratools.folding import Cut
-from loratools.sampling import expect_samples, fold_sample, is_light, sample_rows
+from loratools.sampling import expect_samples, fold_sample, is_light, is_near, sample_rows
 from tests.examples_of_deltas import folded, lengths, numbers, pair
 from tests.floats import exact
 from tests.small_models import raw, target, tensor
@@ -67,6 +67,20 @@ def test_the_system_is_told_of_the_rows_that_are_read(tmp_path, monkeypatch):
     expect_samples([one, elsewhere, target("new", None, SHAPE, (1.0, DELTAS["light"]))])
     fold_sample(one, dtype=torch.float16)
     assert found == expected == [(6 + 10 * row, 10) for row in sample_rows(100)]
+
+
+class Far:
+    """A source that is asked over a network."""
+
+    name, size = "far", 0
+
+
+def test_a_base_elsewhere_is_not_near(tmp_path):
+    there = Leaf("w", "F16", SHAPE, source=Far())
+    assert not is_near(target("w", there, SHAPE, (1.0, DELTAS["light"])))
+    assert is_near(target("w", in_file(tmp_path / "w", tensor(1, *SHAPE).half()), SHAPE))
+    assert is_near(target("w", Leaf.of("w", tensor(1, *SHAPE)), SHAPE))
+    expect_samples([target("w", there, SHAPE, (1.0, DELTAS["light"]))])
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])

@@ -17,7 +17,7 @@ from loratools.folding import Cut, Tally, torch_dtype
 from loratools.narrowing import not_finite
 from loratools.plan import Plan
 from loratools.runtime import distinct
-from loratools.sampling import expect_samples, fold_sample, is_light
+from loratools.sampling import expect_samples, fold_sample, is_light, is_near
 from loratools.streaming import default_threads
 
 KEPT = 0.9  # below this share of the update a fold warns, and as far above 1
@@ -117,7 +117,7 @@ def sampled(
     names = [n for n, t in plan.targets.items() if t.base is not None and t.terms]
     targets = [plan.targets[n] for n in names]
     # Of light samples Python's own share is most: threads would wait for each other.
-    light = all(is_light(t, cut) and source_of(t) is None for t in targets)
+    light = all(is_light(t, cut) and is_near(t) and source_of(t) is None for t in targets)
     if light:
         expect_samples(targets)
     threads = 1 if light else default_threads()
