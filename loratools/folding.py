@@ -135,7 +135,7 @@ def fold_target(
     terms = _ready(moved, first_pass, cut, tally)
     low = None
     if exact is not None and desk.device.type == "cpu" and _in_c(target, dtype):
-        low = _for_kernels(terms)
+        low = _for_kernels(terms, dtype)
     together = [block(d) for _, d in terms]
     grid = tiles(height, width, known, desk.device, 0 if 0 in together else math.lcm(*together))
     sample = only_rows is not None
@@ -168,7 +168,7 @@ def fold_target(
             out, raw = done
             if watched:
                 before = raw[counted].to(torch.float64)
-                d = low[0][start:stop][counted] @ low[1]
+                d = low.b[start:stop][counted] @ low.a
         else:
             w0 = wide(start, stop)
             before = w0[counted].clone()
@@ -194,27 +194,24 @@ def _in_c(target: Target, dtype: torch.dtype) -> bool:
     return kernels.serves(torch_dtype(leaf.dtype), dtype)
 
 
-def _for_kernels(terms: Sequence[tuple[float, Kind]]) -> tuple[Tensor, Tensor, Tensor]:
-    """B and A of terms that are one low-rank product, and A as the kernels read it."""
-    [(_, low)] = terms
+def _for_kernels(terms: Sequence[tuple[float, Kind]], dtype: torch.dtype) -> kernels.Product:
+    [(_, low)] = terms  # of low-rank terms one is made
     assert isinstance(low, LowRank)
-    b, a = factors(low)
-    return b.contiguous(), a, kernels.panels(a)
+    return kernels.Product(*factors(low), dtype)
 
 
 def _at_once(
     desk: Desk,
     exact: LowRankSum,
-    low: tuple[Tensor, Tensor, Tensor],
+    low: kernels.Product,
     start: int,
     raw: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor] | None:
     """W of a tile by compiled kernels, and W0 as stored; None where the kernels do not serve."""
-    b, _, panels = low
     sums = TileSum(exact, start, lambda: raw)
     out = desk.room("out", raw, dtype)
-    found = kernels.fold(raw, b[start : start + len(raw)], panels, out, sums)
+    found = kernels.fold(raw, low, start, out, sums)
     if found is None:
         return None
     settle_open(sums, out, *found)

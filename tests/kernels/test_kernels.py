@@ -129,9 +129,10 @@ def test_a_tile_full_of_doubts_is_left_to_torch(monkeypatch):
     w0, delta = torch.zeros(4, 64, dtype=torch.bfloat16), low_rank(4, 2, 64, 1.0)
     sums = TileSum(LowRankSum.of([(1.0, delta)], (4, 64)), 0, lambda: w0.double())
     b, a = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 64, dtype=torch.float64)
-    assert kernels.fold(w0, b, kernels.panels(a), torch.empty_like(w0), sums) is None
+    product = kernels.Product(b, a, w0.dtype)
+    assert kernels.fold(w0, product, 0, torch.empty_like(w0), sums) is None
     monkeypatch.setattr(kernels, "MANY", 256)
-    at, near = kernels.fold(w0, b, kernels.panels(a), torch.empty_like(w0), sums)
+    at, near = kernels.fold(w0, product, 0, torch.empty_like(w0), sums)
     assert sorted(at.tolist()) == list(range(256))
     assert near.tolist() == [0.0] * 256
 
@@ -143,13 +144,59 @@ def test_the_noted_elements_alone_need_a_second_look(dtype):
     b, a = delta.b.tensor().double() * delta.scaling, delta.a.tensor().double()
     sums = TileSum(LowRankSum.of([(1.0, delta)], (64, 2000)), 0, lambda: w0.double())
     out = torch.empty_like(w0)
-    at, near = kernels.fold(w0, b, kernels.panels(a), out, sums)
+    at, near = kernels.fold(w0, kernels.Product(b, a, dtype), 0, out, sums)
     plain = narrow(w0.double() + b @ a, dtype, sums=sums)
     different = (out != plain).view(-1).nonzero().view(-1).tolist()
     assert set(different) <= set(at.tolist())
     assert len(at) < 20
     settle_open(sums, out, at, near)
     assert torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("base", DTYPES, ids=str)
+@pytest.mark.parametrize(("rank", "size"), [(4, 0.03), (16, 1e-3), (37, 0.1), (64, 0.02)])
+def test_products_in_float32_give_the_bytes_of_those_in_float64(base, rank, size):
+    torch.manual_seed(rank)
+    w0, delta = (torch.randn(300, 3000) * 0.02).to(base), low_rank(300, rank, 3000, size)
+    b, a = delta.b.tensor().double() * delta.scaling, delta.a.tensor().double()
+    sums = TileSum(LowRankSum.of([(1.0, delta)], (300, 3000)), 0, lambda: w0.double())
+    found = []
+    for short in (True, False):
+        product = kernels.Product(b, a, torch.bfloat16)
+        assert product.short is not None
+        product.short = product.short if short else None
+        out = torch.empty(300, 3000, dtype=torch.bfloat16)
+        settle_open(sums, out, *kernels.fold(w0, product, 0, out, sums))
+        assert (product.short is not None) is short
+        found.append(out)
+    assert torch.equal(found[0].view(torch.int16), found[1].view(torch.int16))
+
+
+def test_where_float32_leaves_much_open_the_rest_is_float64s(monkeypatch):
+    """An update whose terms cancel: the bound is far above what is left."""
+    torch.manual_seed(5)
+    a = torch.randn(1, 3000).repeat(2, 1)
+    b = torch.randn(300, 1) * torch.tensor([[1.0, -1.0]])
+    delta, w0 = LowRank(held(a), held(b), 1.0), (torch.randn(300, 3000) * 1e-4).bfloat16()
+    product = kernels.Product(b.double(), a.double(), torch.bfloat16)
+    sums = TileSum(LowRankSum.of([(1.0, delta)], (300, 3000)), 0, lambda: w0.double())
+    out = torch.empty_like(w0)
+    settle_open(sums, out, *kernels.fold(w0, product, 0, out, sums))
+    assert product.short is None
+    assert torch.equal(out, w0)
+    ours, theirs = both_ways(w0, [delta], torch.bfloat16, monkeypatch)
+    assert torch.equal(ours[0], theirs[0])
+
+
+def test_products_are_in_float32_only_where_it_holds_them():
+    b, a = torch.rand(8, 4, dtype=torch.float64), torch.rand(4, 40).double()
+    assert kernels.Product(b, a, torch.bfloat16).short is not None
+    assert kernels.Product(b, a, torch.float16).short is None
+    assert kernels.Product(b, a, torch.float32).short is None
+    assert kernels.Product(b, a / 3, torch.bfloat16).short is None
+    assert kernels.Product(b * 1e20, a, torch.bfloat16).short is None
+    assert kernels.Product(b, a * 2.0**100, torch.bfloat16).short is None
+    assert kernels.Product(b * torch.nan, a, torch.bfloat16).short is None
 
 
 def test_it_is_built_beside_its_source(tmp_path, monkeypatch):
