@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Desk:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Without autograd, and on a GPU in a stream of this desk, so that threads overlap."""
-        with torch.inference_mode():
+        with torch.inference_mode(), _gradual():
             if self.device.type == "cpu":
                 yield
                 return
@@ -95,6 +96,21 @@ def _rank(delta: Kind) -> int:
 
 
 @contextmanager
+def _gradual() -> Iterator[None]:
+    """With the numbers below the normal range, which a process may have turned off in its threads
+    (`torch.set_flush_denormal`): small weights of float16 are such numbers on their way.
+    """
+    least = sys.float_info.min
+    flushed = least * 0.5 == 0
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushed:
+            torch.set_flush_denormal(True)
+
+
+@contextmanager
 def one_thread() -> Iterator[None]:
     """One BLAS thread for each of ours: more of them fight over the same cores."""
     before = torch.get_num_threads()
@@ -102,7 +118,7 @@ def one_thread() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _gradual():
             yield
     finally:
         torch.set_num_threads(before)

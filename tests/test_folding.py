@@ -1,6 +1,7 @@
 """One target folded: each element rounded once, the same bits on any grid, sums that are true."""
 
 import hashlib
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from loratools import desk, folding
 from loratools.adapter import Dense, Leaf, LowRank, Renormed, Replace
 from loratools.folding import Cut, fold_target, fold_tensor, leaf_rows
+from loratools.sampling import fold_sample
 from tests.examples_of_deltas import (
     EXAMPLES,
     MIXABLE,
@@ -294,6 +296,30 @@ def test_an_update_below_the_dtypes_steps_is_seen_as_lost():
     mixed = Dense(Leaf.of("d", torch.tensor([[1e-4, 1.0]]).repeat(64, 32)))
     one = target("w", Leaf.of("w", base), (64, 64), (1.0, mixed))
     assert fold_tensor(one, base, dtype=torch.bfloat16)[1].update_kept == pytest.approx(1, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_process_that_flushes_small_numbers_folds_the_same(dtype, tmp_path):
+    """torch.set_flush_denormal, which servers use: float16's subnormals are weights."""
+    least = torch.finfo(dtype).smallest_normal
+    base = (torch.randn(40, 300, generator=torch.Generator().manual_seed(1)) * least).to(dtype)
+    assert 0.1 < float((base.double().abs() < least).double().mean()) < 0.9
+    a = torch.randint(1, 4, (3, 300), generator=torch.Generator().manual_seed(2)).float()
+    delta = LowRank(Leaf.of("a", a), Leaf.of("b", torch.ones(40, 3)), least / 16)
+    one = target("w", Leaf.of("w", base), (40, 300), (1.0, delta))
+    wanted, _ = fold_tensor(one, base, dtype=dtype)
+    sampled = fold_sample(one, dtype=dtype)
+    small = sys.float_info.min
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor has no such mode")
+        found, _ = fold_tensor(one, base, dtype=dtype)
+        assert fold_sample(one, dtype=dtype) == sampled
+        assert small / 2 == 0  # as the process had it
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+    assert small / 2 > 0
 
 
 @pytest.mark.usefixtures("grid")
