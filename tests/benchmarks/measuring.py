@@ -76,11 +76,11 @@ def child(code: str, *arguments: object) -> dict[str, float]:
     return {**json.loads(done.stdout.strip().splitlines()[-1]), "wall": wall}
 
 
-def copy_and_sync(source: Path, to: Path) -> float:
+def copy_and_sync(source: Path, to: Path, prepare: Callable[[Path], None] | None = None) -> float:
     """`cp -r` of a folder followed by `sync`; the copy is removed again."""
     shutil.rmtree(to, ignore_errors=True)
     os.sync()
-    warm(source)
+    (prepare or warm)(source)
     seconds = clock(
         lambda: subprocess.run(f"cp -r '{source}' '{to}' && sync", shell=True, check=True)
     )
@@ -97,6 +97,13 @@ def warm(folder: Path) -> None:
         with open(path, "rb") as file:
             while file.read(1 << 24):
                 pass
+
+
+def cold(folder: Path) -> None:
+    """Take a folder's files out of the page cache, so that both sides read from the disk."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def machine() -> str:
