@@ -38,6 +38,16 @@ class Desk:
             view = self.views[key] = flat[: like.numel()].view(like.shape)
         return view
 
+    def raw(self, nbytes: int) -> Tensor:
+        """Memory on the CPU into which bytes are read, the same at every call; pinned for a GPU."""
+        key = ("read", torch.uint8)
+        held = self.buffers.get(key)
+        if held is None or held.numel() < nbytes:
+            pinned = self.device.type == "cuda"
+            held = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+            self.buffers[key] = held
+        return held[:nbytes]
+
     def home(self, tensor: Tensor) -> Tensor:
         """The tensor on the CPU; from a GPU through pinned memory that the next call reuses."""
         if self.device.type == "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ def torch_dtype(name: str) -> torch.dtype:
 def extents(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor taken as a matrix."""
     return (shape[0] if shape else 1), math.prod(shape[1:])
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def leaf_rows(leaf: Leaf, into: Callable[[int, int], Tensor] | None = None) -> Rows:

@@ -22,8 +22,8 @@ from loratools.desk import Desk, one_thread
 from loratools.errors import error, shown
 from loratools.folding import Cut, Tally, fold_target, leaf_rows, torch_dtype
 from loratools.plan import Target
-from loratools.stored import stored_scale
-from loratools.untouched import as_bytes, converts, rounded
+from loratools.stored import as_bytes, stored_scale
+from loratools.untouched import converts, rounded
 from loratools.weights import disk
 from loratools.weights.layout import OutputShard, Piece, runs
 from loratools.weights.publishing import Output
@@ -303,15 +303,10 @@ def _reader(run: _Run, one: _Open, leaf: Leaf) -> Callable[[int, int], Tensor] |
     fd = one.input(run, leaf.source)
     if fd is None:
         return None
-    desk, pinned = run.desk(), run.device.type == "cuda"
+    desk = run.desk()
 
     def into(offset: int, length: int) -> Tensor:
-        key = ("read", torch.uint8)
-        buffer = desk.buffers.get(key)
-        if buffer is None or buffer.numel() < length:
-            buffer = torch.empty(length, dtype=torch.uint8, pin_memory=pinned)
-            desk.buffers[key] = buffer
-        view = buffer[:length]
+        view = desk.raw(length)
         disk.read_into(fd, as_bytes(view), offset)
         return view
 

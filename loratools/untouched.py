@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from loratools.adapter import DTYPE_BITS, Source
 from loratools.containers.local import LocalFile
 from loratools.errors import error, shown
 from loratools.narrowing import narrow, not_finite
-from loratools.stored import Rows, extents, leaf_rows, torch_dtype
+from loratools.stored import Rows, as_bytes, extents, leaf_rows, torch_dtype
 from loratools.weights.layout import OutputShard, Piece
 from loratools.weights.spool import WRITEBACK
 
@@ -89,8 +88,3 @@ def rounded(piece: Piece, rows: Rows) -> Iterator[Tensor]:
                     "overflow", f"{shown(piece.name)} does not fit {piece.dtype}; try --dtype fp32"
                 )
         yield tile.contiguous()
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from loratools.exporting.into_graph import Layout, Patch
 from loratools.exporting.requantised import HELD, fold_codes, source_of
 from loratools.folding import Cut, Tally, exactly_rounded, extents, fold_target, torch_dtype
 from loratools.plan import Plan, Target
+from loratools.stored import as_bytes
 from loratools.streaming import COPY, Progress, default_threads
 from loratools.weights import disk
 from loratools.weights.spool import WRITEBACK, Spool, SpooledFile, Writer
@@ -322,23 +322,14 @@ def _folded_rows(
     row = width * dtype.itemsize
 
     def rows(start: int, stop: int) -> Tensor:
-        raw = _room(desk, (stop - start) * row)
-        read(_bytes(raw), start * row)
+        raw = desk.raw((stop - start) * row)
+        read(as_bytes(raw), start * row)
         return raw.view(dtype).view(stop - start, width)
 
     def emit(_: int, tile: Tensor) -> None:
-        written(_bytes(tile.reshape(-1).view(torch.uint8)))
+        written(as_bytes(tile))
 
     return fold_target(target, rows, emit, dtype=dtype, desk=desk, cut=cut)
-
-
-def _room(desk: Desk, nbytes: int) -> Tensor:
-    """Memory of this desk into which bytes are read."""
-    key = ("read", torch.uint8)
-    held = desk.buffers.get(key)
-    if held is None or held.numel() < nbytes:
-        held = desk.buffers[key] = torch.empty(nbytes, dtype=torch.uint8)
-    return held[:nbytes]
 
 
 def _folded_whole(
@@ -354,7 +345,7 @@ def _folded_whole(
     assert leaf is not None
     dtype = torch_dtype(leaf.dtype)
     with gate.buffer(patch.nbytes) as raw:
-        view = _bytes(raw)
+        view = as_bytes(raw)
         for at in range(0, len(view), WRITEBACK):
             read(view[at : at + WRITEBACK], at)
         stored = raw.view(dtype).view(target.shape[::-1])
@@ -376,8 +367,3 @@ def _folded_whole(
         for at in range(0, len(view), NEAR):
             written(view[at : at + NEAR])
     return tally
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.numpy()
-    return memoryview(flat)

@@ -177,26 +177,26 @@ def index_files(base: Base, shards: Iterable[OutputShard]) -> dict[str, bytes]:
     found = {}
     for folder, here in folders.items():
         own = base.indexes.get(folder)
-        kept = _kept_index(base, folder, here)
-        if kept is not None:
-            found[f"{folder}/{own}"] = kept
+        if own is None and len(here) == 1:
             continue
-        name = re.sub(r"^pytorch_(?=model\.bin)", "", own) if own else INDEX
-        name = name.replace(".bin.", ".safetensors.")
-        if own or len(here) > 1:
-            found[name if folder == "." else f"{folder}/{name}"] = index_json(here)
+        name, made = own or INDEX, index_json(here)
+        if own is not None and (kept := _kept_index(base, folder, here, made)) is not None:
+            made = kept
+        else:
+            name = re.sub(r"^pytorch_(?=model\.bin)", "", name).replace(".bin.", ".safetensors.")
+        found[name if folder == "." else f"{folder}/{name}"] = made
     return found
 
 
-def _kept_index(base: Base, folder: str, shards: Sequence[OutputShard]) -> bytes | None:
+def _kept_index(
+    base: Base, folder: str, shards: Sequence[OutputShard], made: bytes
+) -> bytes | None:
     """A component's index as it stands, if the output's tensors are still where it says."""
-    own = base.indexes.get(folder)
-    if own is None:
-        return None
+    own = base.indexes[folder]
     kept = base.bundle.inner(folder).read(own, INDEX_LIMIT)
     if all(shard.whole is not None for shard in shards):
         return kept
-    said, true = loads(kept, own, limit=INDEX_LIMIT), json.loads(index_json(shards))
+    said, true = loads(kept, own, limit=INDEX_LIMIT), json.loads(made)
     total = said.get("metadata")
     total = total.get("total_size") if isinstance(total, dict) else None
     same = said["weight_map"] == true["weight_map"]
